@@ -1,0 +1,109 @@
+"""A file that is either there whole or not there at all.
+
+Written under no name where the system can do that (O_TMPFILE on Linux: nothing is left even after kill -9),
+otherwise under a temporary name beside the target that holds the writer's process id; then synced and
+renamed. `remove_stale` deletes temporary files whose writer is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from io import BufferedWriter
+from pathlib import Path
+
+from moegguf.errors import UserError
+
+_MARK = ".moegguf-tmp."
+
+
+@contextlib.contextmanager
+def atomic_file(target: Path) -> Iterator[BufferedWriter]:
+    """A binary file that becomes `target` when the block ends well, and vanishes when it raises.
+
+    Raises UserError when the folder cannot be written or the disk is full.
+    """
+    remove_stale(target)
+    temporary = target.with_name(f".{target.name}{_MARK}{os.getpid()}")
+    try:
+        file = _open_nameless(target.parent)
+        is_nameless = file is not None
+        if file is None:
+            file = open(temporary, "xb")  # noqa: SIM115 (closed below, on every path)
+    except OSError as error:
+        raise _unwritable(target, error) from error
+    try:
+        with file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            if is_nameless:
+                _give_name(file, temporary)
+        os.replace(temporary, target)
+        _sync_folder(target.parent)
+    except OSError as error:
+        _remove(temporary)
+        raise _unwritable(target, error) from error
+    except BaseException:
+        _remove(temporary)
+        raise
+
+
+def remove_stale(target: Path) -> None:
+    """Delete temporary files of `target` whose process no longer runs."""
+    pattern = re.compile(re.escape(f".{target.name}{_MARK}") + r"(\d+)")
+    with contextlib.suppress(OSError):
+        for path in target.parent.iterdir():
+            match = pattern.fullmatch(path.name)
+            if match and not _is_running(int(match[1])):
+                _remove(path)
+
+
+def _open_nameless(folder: Path) -> BufferedWriter | None:
+    """A file without a name in `folder`, or None where the file system or the system has no such thing."""
+    if not hasattr(os, "O_TMPFILE") or not Path("/proc/self/fd").is_dir():
+        return None
+    try:
+        return os.fdopen(os.open(folder, os.O_TMPFILE | os.O_WRONLY, 0o666), "wb")
+    except OSError:
+        return None
+
+
+def _give_name(file: BufferedWriter, path: Path) -> None:
+    """Link a nameless file into its folder. `src_dir_fd` only makes Python call linkat, which follows /proc's link."""
+    os.link(f"/proc/self/fd/{file.fileno()}", path, src_dir_fd=file.fileno(), follow_symlinks=True)
+
+
+def _is_running(pid: int) -> bool:
+    if os.name == "nt":  # os.kill would end the process there
+        return pid == os.getpid()
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself durable. Windows cannot open folders and needs no such thing."""
+    if os.name == "nt":
+        return
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _unwritable(target: Path, error: OSError) -> UserError:
+    return UserError(f"{target}: cannot be written ({error.strerror})", "check the folder, its permissions and its space")

@@ -1,0 +1,200 @@
+"""The walk of a build, in order: recipe → sources → mix → layout → types → file. Read this file first.
+
+`plan_build` opens and checks everything and reads no weight, so a dry run, every size and every error that can be
+known in advance come before the first byte is written. `build` then writes the plan in one pass.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from gguf import GGML_QUANT_VERSION, GGUFValue, GGUFValueType, size_label
+
+from moegguf import __version__
+from moegguf.errors import UserError
+from moegguf.layouts import lay_out
+from moegguf.layouts.form import Form
+from moegguf.metadata import Card, ExpertCard
+from moegguf.mix import Mix, make_mix
+from moegguf.quant.assign import assign_types
+from moegguf.quant.imatrix import Imatrix, read_imatrix, with_importance
+from moegguf.quant.presets import preset
+from moegguf.recipe import Recipe, RouterMode
+from moegguf.sources import OpenOptions, open_source
+from moegguf.tensor import Metadata, Planned
+from moegguf.writer import Requantised, data_bytes, header_bytes, write_gguf
+
+TAGS = ("moe", "merge", "moegguf")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole output file, decided but not written."""
+
+    recipe: Recipe
+    path: Path
+    mix: Mix
+    form: Form
+    planned: tuple[Planned, ...]
+    header: bytes
+
+    @property
+    def n_bytes(self) -> int:
+        return len(self.header) + data_bytes(self.planned)
+
+    @property
+    def n_weights(self) -> int:
+        return sum(tensor.slot.n_weights for tensor in self.planned)
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * sum(tensor.nbytes for tensor in self.planned) / self.n_weights
+
+
+@dataclass(frozen=True)
+class Built:
+    """A finished build. `seconds` is wall time, from the first read to the rename."""
+
+    plan: Plan
+    n_bytes: int
+    seconds: float
+    requantised: Requantised
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def plan_build(recipe: Recipe, *, stream: bool = False, pre: str | None = None, overwrite: bool = False) -> Plan:
+    """Open the sources of `recipe`, check that they fit, and decide every byte count. Reads no weight.
+
+    `stream` reads Hub models by range instead of downloading them; `pre` overrides the BPE pre-tokenizer.
+    Raises UserError, with all faults that were found, before anything is written.
+    """
+    _check_target(recipe.output, overwrite)
+    options = OpenOptions(recipe.folder, stream, pre)
+    mix = make_mix(recipe, lambda ref: open_source(ref, options))
+    _check_target_is_no_source(recipe.output, mix)
+    form = lay_out(mix, recipe.layout)
+    imatrix = read_imatrix(recipe.folder / recipe.imatrix) if recipe.imatrix else None
+    if imatrix:
+        form = with_importance(form, imatrix)
+    planned = tuple(assign_types(form, recipe.quant, has_imatrix=imatrix is not None))
+    metadata = _metadata(recipe, mix, form, imatrix)
+    return Plan(recipe, recipe.output, mix, form, planned, header_bytes(form.arch, metadata, planned))
+
+
+def build(plan: Plan, *, threads: int | None = None, progress: Callable[[int], None] = lambda n_bytes: None) -> Built:
+    """Write a plan. `progress` hears the bytes of tensor data as they are written.
+
+    Raises UserError for weights that cannot be used and when the disk is too small; then no file is left.
+    """
+    _check_space(plan)
+    start = time.monotonic()
+    written = write_gguf(plan.path, plan.header, plan.planned, threads or usable_cores(), progress)
+    return Built(plan, written.n_bytes, time.monotonic() - start, written.requantised)
+
+
+def _check_target(path: Path, overwrite: bool) -> None:
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder, expected a file name", f"write -o {path / 'mix.gguf'}")
+    if path.exists() and not overwrite:
+        raise UserError(f"{path}: exists already", "choose another -o, or pass --force to replace it")
+    if not path.parent.is_dir():
+        raise UserError(f"{path.parent}: no such folder to write {path.name} to", "create it, or choose another -o")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"{path.parent}: may not be written to", "choose another -o")
+
+
+def _check_target_is_no_source(path: Path, mix: Mix) -> None:
+    if not path.exists():
+        return
+    for source in (mix.base, *(expert.source for expert in mix.experts)):
+        if any(file.exists() and file.samefile(path) for file in source.files):
+            raise UserError(f"{path}: is also a source ({source.ref}) of this mix", "choose another -o")
+
+
+def _check_space(plan: Plan) -> None:
+    free = shutil.disk_usage(plan.path.parent).free
+    if free < plan.n_bytes:
+        raise UserError(
+            f"{plan.path.parent}: {free / 1e9:.2f} GB are free, the mix needs {plan.n_bytes / 1e9:.2f} GB",
+            "free some space, choose another -o, or a smaller --quant",
+        )
+
+
+def _metadata(recipe: Recipe, mix: Mix, form: Form, imatrix: Imatrix | None) -> Metadata:
+    """Everything before the tensors: `general.*`, the architecture, the tokenizer of the base, our card."""
+    metadata = _general(recipe, mix, form) | form.metadata | mix.base.read_vocab() | _card(recipe, mix).to_metadata()
+    if imatrix:  # the keys that llama-quantize leaves
+        metadata["quantize.imatrix.file"] = GGUFValue(imatrix.path.name, GGUFValueType.STRING)
+        metadata["quantize.imatrix.entries_count"] = GGUFValue(len(imatrix.entries), GGUFValueType.UINT32)
+        metadata["quantize.imatrix.chunks_count"] = GGUFValue(imatrix.n_chunks, GGUFValueType.UINT32)
+    return metadata
+
+
+_KEPT_FROM_BASE = ("general.license", "general.languages", "general.sampling.")
+
+
+def _general(recipe: Recipe, mix: Mix, form: Form) -> Metadata:
+    string, u32 = GGUFValueType.STRING, GGUFValueType.UINT32
+    general = {key: value for key, value in mix.base.metadata.items() if key.startswith(_KEPT_FROM_BASE)}
+    general |= {
+        "general.architecture": GGUFValue(form.arch, string),
+        "general.type": GGUFValue("model", string),
+        "general.name": GGUFValue(recipe.name, string),
+        "general.size_label": GGUFValue(_size_label(form, mix), string),
+        "general.tags": GGUFValue(list(TAGS), GGUFValueType.ARRAY, string),
+        "general.file_type": GGUFValue(int(preset(recipe.quant.preset).file_type), u32),
+        "general.quantization_version": GGUFValue(GGML_QUANT_VERSION, u32),
+    }
+    if recipe.description:
+        general["general.description"] = GGUFValue(recipe.description, string)
+    if recipe.license:
+        general["general.license"] = GGUFValue(recipe.license, string)
+    parents = list(dict.fromkeys([mix.base.label, *(expert.source.label for expert in mix.experts)]))
+    general["general.base_model.count"] = GGUFValue(len(parents), u32)
+    for i, label in enumerate(parents):
+        for key, value in _parent(label).items():
+            general[f"general.base_model.{i}.{key}"] = GGUFValue(value, string)
+    return general
+
+
+def _parent(label: str) -> dict[str, str]:
+    """How the Hub names a model that another was made from (gguf's general.base_model.* keys)."""
+    if not label.startswith("hf:"):
+        return {"name": label}
+    repo = label.removeprefix("hf:").partition("@")[0]
+    organization, _, name = repo.rpartition("/")
+    return {"name": name, "organization": organization, "repo_url": f"https://huggingface.co/{repo}"}
+
+
+def _size_label(form: Form, mix: Mix) -> str:
+    """"4x7B" and the like, as gguf makes it from the weights outside and inside the experts."""
+    expert = sum(slot.n_weights for slot in form.slots if slot.name in form.groups) // len(mix.experts)
+    rest = sum(slot.n_weights for slot in form.slots if slot.name not in form.groups)
+    return size_label(rest + expert * len(mix.experts), rest, expert, len(mix.experts))
+
+
+def _card(recipe: Recipe, mix: Mix) -> Card:
+    router = recipe.router
+    is_noisy = router.mode is RouterMode.NOISY
+    return Card(
+        name=recipe.name,
+        tool_version=__version__,
+        layout=recipe.layout,
+        router=router.mode,
+        k=router.k,
+        base=mix.base.label,
+        quant=recipe.quant.preset,
+        experts=tuple(ExpertCard(e.name, e.source.label, e.weight, e.spec.quant) for e in mix.experts),
+        std=router.std if is_noisy else None,
+        seed=router.seed if is_noisy else None,
+        always_on=router.always_on,
+    )

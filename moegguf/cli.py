@@ -1,0 +1,94 @@
+"""The command table, and the one place where a user error becomes a line on stderr and exit code 2.
+
+Each command is a module of `moegguf.commands` with `HELP`, `add_arguments(parser)` and `run(args) -> int`. Only the
+one that was asked for is imported, so `--help` needs neither numpy nor llama.cpp.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import io
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from moegguf import __version__
+from moegguf.errors import UserError, one_line
+
+COMMANDS = {
+    "build": "mix fine-tunes of one model into a single quantised MoE GGUF",
+    "chat": "talk to a mix, or to any GGUF",
+    "inspect": "show what is in a mix, and check that it is sound",
+    "recipes": "list the mixes that models.toml offers",
+    "doctor": "say what this machine can run",
+}
+
+DESCRIPTION = """\
+Mix fine-tunes of one model into a Mixture of Experts: one GGUF file that stock llama.cpp, Ollama and LM Studio load.
+
+  moegguf build demo                       build the embedded demo family
+  moegguf chat demo-Q8_0.gguf              talk to it
+  moegguf build --base hf:org/base --expert math=hf:org/math --expert code=./code-model -o mix.gguf
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns its exit code: 0 done, 1 a check failed, 2 a mistake to mend, 130 interrupted."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows ?
+    try:
+        parser = _parser(argv)
+        if not argv:
+            parser.print_help(sys.stderr)
+            return 2
+        args = parser.parse_args(argv)
+        code = args.run(args)
+        sys.stdout.flush()
+        return code
+    except UserError as error:
+        _print_faults(*map(str, error.faults))
+        return 2
+    except KeyboardInterrupt:
+        print("moegguf: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        with contextlib.suppress(OSError):  # keep the interpreter from flushing into the closed pipe at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:  # a path or a device that fails where nobody could know in advance
+        _print_faults(f"{error.filename or 'input or output'}: {error.strerror or error}; check the path and the disk")
+        return 2
+
+
+def _print_faults(*faults: str) -> None:
+    for fault in faults:
+        print(f"moegguf: error: {one_line(fault)}", file=sys.stderr)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with a wrong flag reported like any other mistake."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message, f"see `{self.prog} --help`")
+
+
+def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="moegguf", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"moegguf {__version__}")
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    asked = next((word for word in argv if not word.startswith("-")), None)
+    for name, summary in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
+        if name == asked:
+            command = importlib.import_module(f"moegguf.commands.{name}")
+            subparser.description = command.HELP
+            subparser.epilog = getattr(command, "EXAMPLES", None)
+            command.add_arguments(subparser)
+            subparser.set_defaults(run=command.run)
+    return parser

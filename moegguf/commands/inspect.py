@@ -1,0 +1,129 @@
+"""`moegguf inspect`: what is in a mix, and whether it is sound."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from gguf import LlamaFileType
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from moegguf.inspection import Inspection, check, inspect
+
+HELP = "Show what is in a GGUF: base, experts, router, layout, types and sizes. With --check, verify every byte."
+EXAMPLES = """\
+examples:
+  moegguf inspect mix.gguf
+  moegguf inspect mix.gguf --check      exit code 1 when something is wrong
+  moegguf inspect mix.gguf --json
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, help="a GGUF file")
+    parser.add_argument("--check", action="store_true", help="read everything and verify it against what the file says")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    found = inspect(args.file)
+    faults = _check_with_progress(found) if args.check else None
+    if args.json:
+        json.dump(_as_json(found, faults), sys.stdout, indent=2)
+        print()
+    else:
+        _print(Console(), found, faults)
+    return 1 if faults else 0
+
+
+def _check_with_progress(found: Inspection) -> list[str]:
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
+        task = bar.add_task("checking", total=found.n_bytes)
+        return check(found.path, lambda n_bytes: bar.advance(task, n_bytes))
+
+
+def _print(console: Console, found: Inspection, faults: list[str] | None) -> None:
+    facts = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in _facts(found):
+        facts.add_row(name, value)
+    console.print(facts)
+    if found.card:
+        console.print(_expert_table(found))
+    console.print(_group_table(found))
+    if faults is None:
+        return
+    for fault in faults:
+        console.print(f"fault: {fault}", highlight=False, markup=False, soft_wrap=True)
+    console.print("check: sound" if not faults else f"check: {len(faults)} faults", highlight=False)
+
+
+def _facts(found: Inspection) -> list[tuple[str, str]]:
+    card = found.card
+    facts = [("file", f"{found.path} ({found.n_bytes / 1e6:.2f} MB)")]
+    if card is None:
+        facts.append(("mix", "no: this GGUF was not made by moegguf"))
+        facts.append(("name", found.name))
+    else:
+        facts.append(("mix", f"{card.name} (moegguf {card.tool_version})"))
+        facts.append(("base", card.base))
+        facts.append(("router", _describe_router(found)))
+        facts.append(("layout", card.layout))
+    experts = f", {found.n_expert_used} of {found.n_expert} stacked experts" if found.n_expert else ""
+    facts.append(("architecture", f"{found.arch}: {found.n_layer} layers, hidden size {found.n_embd}{experts}"))
+    facts.append(("context", f"{found.n_ctx} tokens"))
+    facts.append(("chat template", "yes" if found.has_chat_template else "no"))
+    facts.append(("quant", f"{_file_type(found)}, {found.bits_per_weight:.2f} bits per weight"))
+    facts.append(("weights", f"{found.n_weights / 1e6:.2f} M"))
+    return facts
+
+
+def _describe_router(found: Inspection) -> str:
+    card = found.card
+    n = len(card.experts)
+    if card.is_gateless:
+        return f"gateless: the mean of {n} experts"
+    always = f", {card.always_on} always on" if card.always_on else ""
+    noise = "" if card.std is None else f", std {card.std:.6g}, seed {card.seed}"
+    return f"{card.router}: {card.k} of {n} experts{always}{noise}"
+
+
+def _file_type(found: Inspection) -> str:
+    if found.file_type is None:
+        return "unknown"
+    try:
+        return LlamaFileType(found.file_type).name.removeprefix("MOSTLY_").removeprefix("ALL_")
+    except ValueError:
+        return f"file type {found.file_type}"
+
+
+def _expert_table(found: Inspection) -> Table:
+    table = Table("expert", "source", "weight", "quant", box=None, pad_edge=False)
+    for expert in found.card.experts:
+        weight = f"{expert.weight:.4g}" if found.card.is_gateless else "by router"
+        table.add_row(expert.name, expert.source, weight, expert.quant)
+    return table
+
+
+def _group_table(found: Inspection) -> Table:
+    table = Table("tensors", "types", "weights", "bits per weight", "size", box=None, pad_edge=False)
+    for group in found.groups:
+        types = ", ".join(f"{count} × {name}" for name, count in group.types.items())
+        weights, size = f"{group.n_weights / 1e6:.3f} M", f"{group.n_bytes / 1e6:.3f} MB"
+        table.add_row(group.name, types, weights, f"{group.bits_per_weight:.2f}", size)
+    return table
+
+
+def _as_json(found: Inspection, faults: list[str] | None) -> dict:
+    report = dataclasses.asdict(found) | {
+        "path": str(found.path),
+        "is_mix": found.card is not None,
+        "file_type": _file_type(found),
+        "n_weights": found.n_weights,
+        "bits_per_weight": round(found.bits_per_weight, 4),
+    }
+    return report if faults is None else report | {"faults": faults}

@@ -1,0 +1,69 @@
+"""`moegguf recipes`: what a recipes file offers."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from moegguf.errors import UserError, one_line
+from moegguf.recipe import Recipe, RouterMode, find_recipes_file, load_recipe, load_tables
+
+HELP = "List the mixes that a recipes file offers."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--recipes", type=Path, metavar="FILE", help="recipes file (default: the models.toml of moegguf)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    path = args.recipes or find_recipes_file()
+    recipes, faults = [], []
+    for name in load_tables(path):
+        try:
+            recipes.append(load_recipe(name, path, {}))
+        except UserError as error:
+            faults.append(error)
+    if faults:
+        raise UserError.of(faults)
+    if args.json:
+        json.dump([_as_json(recipe) for recipe in recipes], sys.stdout, indent=2)
+        print()
+        return 0
+    console = Console()
+    for recipe in recipes:
+        _print(console, recipe)
+    return 0
+
+
+def _print(console: Console, recipe: Recipe) -> None:
+    router = recipe.router.mode
+    if recipe.router.mode is not RouterMode.GATELESS:
+        router += f" with {recipe.router.k} experts a token"
+    console.print(Text.assemble((recipe.name, "bold"), f"  {one_line(recipe.description)}"))
+    console.print(
+        f"    {len(recipe.experts)} experts ({', '.join(recipe.expert_names)}) in {recipe.base}; "
+        f"{router}, {recipe.layout}, {recipe.quant.preset}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _as_json(recipe: Recipe) -> dict:
+    return {
+        "name": recipe.name,
+        "description": recipe.description,
+        "base": recipe.base,
+        "experts": [{"name": e.name, "source": e.source, "weight": e.weight, "quant": e.quant} for e in recipe.experts],
+        "router": recipe.router.mode,
+        "k": recipe.router.k,
+        "layout": recipe.layout,
+        "quant": recipe.quant.preset,
+        "output": str(recipe.output),
+    }

@@ -1,0 +1,107 @@
+"""What layouts share: the form of an output file, and the two ways to put expert tensors together.
+
+Shapes, numpy order: gate and up are (n_ff, n_embd), down is (n_embd, n_ff).
+stack  → (n_expert, rows, cols), the experts one below the other
+fuse   → gate and up (Σ n_ff, n_embd) below each other; down (n_embd, Σ n_ff) side by side
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFValue, GGUFValueType
+
+from moegguf.families import TensorName
+from moegguf.mix import Expert, Mix
+from moegguf.quant import ggml
+from moegguf.tensor import Metadata, Part, Slot, Tensor
+
+
+@dataclass(frozen=True)
+class Form:
+    """`metadata` holds the architecture's keys; `groups` says which expert group (or "trunk") a slot belongs to."""
+
+    arch: str
+    metadata: Metadata
+    slots: tuple[Slot, ...]
+    groups: Mapping[str, tuple[Expert, ...]]
+    """Slot name → the experts inside it. Slots of the trunk are absent."""
+
+
+Share = tuple[Expert, float]
+"""An expert and the factor that its down projection carries."""
+
+
+def copy(tensor: Tensor) -> Slot:
+    """A trunk tensor as it is."""
+    return Slot(tensor.name, tensor.shape, ((Part(tensor),),))
+
+
+def stack(layer: int, role: str, shares: Sequence[Share]) -> Slot:
+    """blk.N.ROLE_exps: (n_expert, rows, cols). The factors go into down."""
+    parts = [Part(expert.ffn(layer, role), _factor(role, factor)) for expert, factor in shares]
+    shape = (len(parts), *parts[0].tensor.shape)
+    return Slot(str(TensorName(layer, f"{role}_exps", "weight")), shape, tuple((part,) for part in parts))
+
+
+def fuse(layer: int, role: str, name: str, shares: Sequence[Share]) -> Slot:
+    """One FFN projection that holds the neurons of all experts; the factors go into down."""
+    parts = tuple(Part(expert.ffn(layer, role), _factor(role, factor)) for expert, factor in shares)
+    rows, cols = parts[0].tensor.shape
+    if role == "ffn_down":
+        shape, bands = (rows, sum(part.tensor.n_cols for part in parts)), (parts,)
+    else:
+        shape, bands = (sum(part.tensor.n_rows for part in parts), cols), tuple((part,) for part in parts)
+    return Slot(str(TensorName(layer, name, "weight")), shape, bands)
+
+
+def fuse_bias(layer: int, role: str, shares: Sequence[Share]) -> Slot:
+    """The bias of a fused projection: gate and up side by side, down added up with its factors."""
+    tensors = [expert.ffn(layer, role, "bias") for expert, _ in shares]
+    name = str(TensorName(layer, role, "bias"))
+    if role == "ffn_down":
+        parts = (Part(_weighted_sum(name, tensors, [factor for _, factor in shares])),)
+    else:
+        parts = tuple(map(Part, tensors))
+    return Slot(name, (sum(part.tensor.n_cols for part in parts),), (parts,))
+
+
+def _factor(role: str, factor: float) -> float:
+    return factor if role == "ffn_down" else 1.0
+
+
+def _weighted_sum(name: str, tensors: Sequence[Tensor], factors: Sequence[float]) -> Tensor:
+    def read_rows(start: int, stop: int) -> np.ndarray:
+        rows = [ggml.dequantise(tensor.type, tensor.read_rows(start, stop), tensor.n_cols) for tensor in tensors]
+        total = sum(np.float32(factor) * row for factor, row in zip(factors, rows, strict=True))
+        return np.ascontiguousarray(total, "<f4").view(np.uint8)
+
+    return Tensor(name, tensors[0].shape, GGMLQuantizationType.F32, read_rows)
+
+
+def assemble(mix: Mix, ffn_slots) -> tuple[Slot, ...]:
+    """All slots in file order: the FFN slots of each layer (from `ffn_slots(layer)`) after its trunk tensors."""
+    by_layer: dict[int | None, list[Slot]] = {}
+    for tensor in mix.trunk.values():
+        by_layer.setdefault(TensorName.parse(tensor.name).layer, []).append(copy(tensor))
+    slots = by_layer.pop(None)
+    for layer in range(mix.n_layer):
+        slots += by_layer[layer]
+        slots += ffn_slots(layer)
+    return tuple(slots)
+
+
+def architecture_metadata(mix: Mix, arch: str) -> Metadata:
+    """The base's architecture keys, under the name of `arch`."""
+    prefix = f"{mix.base.arch}."
+    return {
+        f"{arch}.{key.removeprefix(prefix)}": value
+        for key, value in mix.base.metadata.items()
+        if key.startswith(prefix)
+    }
+
+
+def u32(value: int) -> GGUFValue:
+    return GGUFValue(value, GGUFValueType.UINT32)

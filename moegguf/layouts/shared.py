@@ -1,0 +1,71 @@
+"""shared: an always-on FFN beside a routed stack, in one layer. Architecture `granitemoe`.
+
+Its graph is that of `llama` plus a shared expert, added to the routed output (llama.cpp, src/models/granite.cpp):
+out = shared(x) + Σ p_e f_e(x). The factors are folded into `down`. With logit_scale 1 and the other granite
+scales left out the rest is the same computation, rotary order included.
+
+Gate-less: the shared group holds the experts of one precision, fused, each times its weight; the stack holds the
+others behind a zero router with k = its size R, each times R · weight. Of two precisions the finer one is shared;
+with a single precision all experts but the last are.
+Always-on, with k of them active in all: shared is f_a / k, the stack carries (k − 1) / k and k − 1 are used.
+"""
+
+from __future__ import annotations
+
+from gguf import GGUFValue, GGUFValueType
+
+from moegguf.layouts.form import Form, Share, architecture_metadata, assemble, fuse, stack, u32
+from moegguf.layouts.mixtral import router_slot
+from moegguf.mix import FFN_ROLES, Expert, Mix
+from moegguf.quant.presets import preset_names
+from moegguf.recipe import RouterMode
+from moegguf.tensor import Metadata, Slot
+
+ARCH = "granitemoe"
+
+
+def lay_out(mix: Mix) -> Form:
+    shared, routed, k = _groups(mix)
+    metadata = _metadata(mix, len(shared), len(routed), k)
+
+    def ffn_slots(layer: int) -> list[Slot]:
+        slots = [router_slot(mix, layer, len(routed)), *(stack(layer, role, routed) for role in FFN_ROLES)]
+        if shared:
+            slots += [fuse(layer, role, f"{role}_shexp", shared) for role in FFN_ROLES]
+        return slots
+
+    slots = assemble(mix, ffn_slots)
+    groups = {slot.name: _experts(shared) for slot in slots if "_shexp." in slot.name}
+    groups |= {slot.name: _experts(routed) for slot in slots if "_exps." in slot.name}
+    return Form(ARCH, metadata, slots, groups)
+
+
+def _groups(mix: Mix) -> tuple[list[Share], list[Share], int]:
+    """The shared group, the routed stack, and how many of the stack run for a token."""
+    k = mix.router.k
+    if mix.router.mode is not RouterMode.GATELESS:
+        shared = [(expert, 1 / k) for expert in mix.experts if expert.name == mix.router.always_on]
+        routed = [(expert, (k - 1) / k) for expert in mix.experts if expert.name != mix.router.always_on]
+        return shared, routed, k - 1
+    finest = min((expert.spec.quant for expert in mix.experts), key=preset_names().index)
+    in_shared = [expert for expert in mix.experts if expert.spec.quant == finest]
+    if len(in_shared) == len(mix.experts):
+        in_shared = in_shared[:-1]
+    in_routed = [expert for expert in mix.experts if expert not in in_shared]
+    size = len(in_routed)
+    return [(e, e.weight) for e in in_shared], [(e, size * e.weight) for e in in_routed], size
+
+
+def _experts(shares: list[Share]) -> tuple[Expert, ...]:
+    return tuple(expert for expert, _ in shares)
+
+
+def _metadata(mix: Mix, n_shared: int, n_routed: int, k: int) -> Metadata:
+    metadata = architecture_metadata(mix, ARCH)
+    metadata.pop(f"{ARCH}.rope.scaling.finetuned", None)  # granite reads it as "no RoPE at all"
+    return metadata | {
+        f"{ARCH}.expert_count": u32(n_routed),
+        f"{ARCH}.expert_used_count": u32(k),
+        f"{ARCH}.expert_shared_feed_forward_length": u32(n_shared * int(mix.base.hparam("feed_forward_length"))),
+        f"{ARCH}.logit_scale": GGUFValue(1.0, GGUFValueType.FLOAT32),
+    }
