@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from moegguf.errors import one_line
 from moegguf.inspection import Inspection, check, inspect
 
 HELP = "Show what is in a GGUF: base, experts, router, layout, types and sizes. With --check, verify every byte."
@@ -37,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
         json.dump(_as_json(found, faults), sys.stdout, indent=2)
         print()
     else:
-        _print(Console(), found, faults)
+        _print(Console(markup=False), found, faults)
     return 1 if faults else 0
 
 
@@ -50,7 +51,7 @@ def _check_with_progress(found: Inspection) -> list[str]:
 def _print(console: Console, found: Inspection, faults: list[str] | None) -> None:
     facts = Table(show_header=False, box=None, pad_edge=False)
     for name, value in _facts(found):
-        facts.add_row(name, value)
+        facts.add_row(name, one_line(value))
     console.print(facts)
     if found.card:
         console.print(_expert_table(found))
@@ -58,8 +59,8 @@ def _print(console: Console, found: Inspection, faults: list[str] | None) -> Non
     if faults is None:
         return
     for fault in faults:
-        console.print(f"fault: {fault}", highlight=False, markup=False, soft_wrap=True)
-    console.print("check: sound" if not faults else f"check: {len(faults)} faults", highlight=False)
+        console.print(f"fault: {one_line(fault)}", highlight=False, soft_wrap=True)
+    console.print("check: sound" if not faults else f"check: {len(faults)} fault{'s' * (len(faults) > 1)}", highlight=False)
 
 
 def _facts(found: Inspection) -> list[tuple[str, str]]:
@@ -105,7 +106,7 @@ def _expert_table(found: Inspection) -> Table:
     table = Table("expert", "source", "weight", "quant", box=None, pad_edge=False)
     for expert in found.card.experts:
         weight = f"{expert.weight:.4g}" if found.card.is_gateless else "by router"
-        table.add_row(expert.name, expert.source, weight, expert.quant)
+        table.add_row(*map(one_line, (expert.name, expert.source, weight, expert.quant)))
     return table
 
 

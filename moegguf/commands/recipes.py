@@ -14,6 +14,11 @@ from moegguf.errors import UserError, one_line
 from moegguf.recipe import Recipe, RouterMode, find_recipes_file, load_recipe, load_tables
 
 HELP = "List the mixes that a recipes file offers."
+EXAMPLES = """\
+examples:
+  moegguf recipes
+  moegguf recipes --recipes my.toml --json
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,63 @@
+"""`moegguf doctor`: what this machine can run, and what is missing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+HELP = "Say what this machine can run, and what is missing."
+EXAMPLES = """\
+examples:
+  moegguf doctor
+  moegguf doctor --json
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="one JSON object, sizes in bytes, for scripts")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the report; exit code 1 when something that moegguf needs is missing."""
+    from moegguf.runtime.machine import advice, inspect_machine, is_complete
+
+    machine = inspect_machine(Path.cwd())
+    if args.json:
+        print(json.dumps({**asdict(machine), "advice": advice(machine)}, indent=2))
+    else:
+        print("\n".join(_report(machine)))
+        print("\n".join(f"  - {line}" for line in advice(machine)))
+    return 0 if is_complete(machine) else 1
+
+
+def _report(machine) -> list[str]:
+    cores, memory, runtime = machine.cores, machine.memory, machine.runtime
+    lines = [
+        f"system     {machine.system}, Python {machine.python}",
+        f"cpu        {cores.name}: {cores.usable} physical cores usable, {cores.logical} logical",
+        f"disk       {_gb(machine.disk_free)} free here",
+    ]
+    if memory:
+        lines += [
+            f"memory     {_gb(memory.available)} available of {_gb(memory.total)}",
+            f"room for   a GGUF of {_gb(memory.largest_file)}, {memory.largest_model / 1e9:.1f} B weights at Q4_K_M",
+        ]
+    lines.append("packages   " + ", ".join(f"{name} {version or '-'}" for name, version in machine.packages.items()))
+    if runtime:
+        extras = [name for name, has in (("mmap", runtime.mmap), ("mlock", runtime.mlock), ("rpc", runtime.rpc)) if has]
+        lines += [
+            f"llama.cpp  ggml {runtime.ggml_version} ({runtime.ggml_commit}), {', '.join(extras)}",
+            f"           {' '.join(runtime.features)}",
+            *(
+                f"device     {device.name} ({device.kind}): {device.description}, {_gb(device.memory_total)}"
+                for device in runtime.devices
+            ),
+        ]
+    lines += [f"store      {store.name}: {store.models} models in {store.path}" for store in machine.stores]
+    return lines + ([] if machine.stores else ["store      no models of Hugging Face, Ollama or LM Studio found"])
+
+
+def _gb(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:.1f} GB"
