@@ -52,12 +52,15 @@ def atomic_file(target: Path) -> Iterator[BufferedWriter]:
 
 
 def remove_stale(target: Path) -> None:
-    """Delete temporary files of `target` whose process no longer runs."""
+    """Delete temporary files of `target` whose process no longer runs.
+
+    One with our own process id is of an earlier process that had it, as all have in a container: ours is not made yet.
+    """
     pattern = re.compile(re.escape(f".{target.name}{_MARK}") + r"(\d+)")
     with contextlib.suppress(OSError):
         for path in target.parent.iterdir():
             match = pattern.fullmatch(path.name)
-            if match and not _is_running(int(match[1])):
+            if match and (int(match[1]) == os.getpid() or not _is_running(int(match[1]))):
                 _remove(path)
 
 

@@ -64,8 +64,8 @@ _MODULES = {
 _DERIVED = (".rotary_emb.inv_freq", ".attention.masked_bias", ".attention.bias")
 """Buffers of old checkpoints that are recomputed from the config."""
 
-_HF_NAME = re.compile(r"(?P<head>.*?\.layers\.)(?P<layer>\d+)(?P<tail>\..+)")
-_GGUF_NAME = re.compile(r"blk\.(?P<layer>\d+)\.(?P<role>[^.]+)\.(?P<kind>.+)")
+_HF_NAME = re.compile(r"(?P<head>.*?\.layers\.)(?P<layer>\d{1,9})(?P<tail>\..+)")
+_GGUF_NAME = re.compile(r"blk\.(?P<layer>\d{1,9})\.(?P<role>[^.]+)\.(?P<kind>.+)")
 
 
 @dataclass(frozen=True)

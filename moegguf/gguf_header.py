@@ -11,6 +11,7 @@ Weights are never read here. Both sides of the house use it: `sources/` to build
 from __future__ import annotations
 
 import mmap
+import re
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -135,18 +136,47 @@ def _parse(path: Path, data: mmap.mmap, size: int) -> Header:
     fields: dict[str, Callable[[], GGUFValue]] = {}
     for _ in range(n_fields):
         key = cursor.string("a metadata key")
+        if key in fields:
+            raise cursor.corrupt(f"metadata key {key!r} occurs twice")
         fields[key] = _read_value(cursor, key)
+    _check_counts(cursor, fields)
 
     raw = [_read_tensor_info(cursor) for _ in range(n_tensors)]
     alignment = fields["general.alignment"]().value if "general.alignment" in fields else DEFAULT_ALIGNMENT
-    if not isinstance(alignment, int) or alignment <= 0 or alignment % 8:
-        raise cursor.corrupt(f"general.alignment is {alignment!r}, expected a positive multiple of 8")
+    if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
+        raise cursor.corrupt(f"general.alignment is {alignment!r}, expected a power of two from 8 on")
     start = -(-cursor.at // alignment) * alignment
     tensors = {info.name: _placed(cursor, info, start) for info in raw}
     if len(tensors) != n_tensors:
         raise cursor.corrupt(f"{n_tensors - len(tensors)} tensor names occur twice")
     _check_overlaps(cursor, tensors.values())
     return Header(path, fields, tensors, size)
+
+
+_COUNTS = (
+    "block_count", "context_length", "embedding_length", "expert_count", "expert_used_count",
+    "expert_shared_feed_forward_length", "attention.key_length", "attention.value_length", "vocab_size",
+)  # fmt: skip
+_COUNTS_PER_LAYER = ("feed_forward_length", "attention.head_count", "attention.head_count_kv")
+"""These may be arrays, one number a layer."""
+
+
+def _check_counts(cursor: _Cursor, fields: Mapping[str, Callable[[], GGUFValue]]) -> None:
+    """What sizes are computed from must be counts, or every reader would have to ask."""
+    if "general.architecture" not in fields:
+        return
+    arch = fields["general.architecture"]().value
+    if not isinstance(arch, str) or not re.fullmatch(r"[\w.-]{1,64}", arch):
+        raise cursor.corrupt(f"general.architecture is {arch!r:.80}, expected a short name")
+    n_layer = 0
+    for name in (*_COUNTS, *_COUNTS_PER_LAYER):
+        key = f"{arch}.{name}"
+        value = fields[key]().value if key in fields else 0
+        is_per_layer = name in _COUNTS_PER_LAYER and isinstance(value, list) and len(value) == n_layer > 0
+        if not all(type(number) is int and 0 <= number < 2**32 for number in (value if is_per_layer else [value])):
+            raise cursor.corrupt(f"{key} is {value!r:.80}, expected a count")
+        if name == "block_count":
+            n_layer = value
 
 
 def _claimed_count(cursor: _Cursor, what: str, *, smallest: int) -> int:

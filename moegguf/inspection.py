@@ -17,8 +17,9 @@ import numpy as np
 
 from moegguf import routers
 from moegguf.families import TensorName
-from moegguf.gguf_header import Header, TensorInfo, read_header
+from moegguf.gguf_header import DEFAULT_ALIGNMENT, Header, TensorInfo, read_header
 from moegguf.metadata import Card, read_card
+from moegguf.mix import FFN_ROLES
 from moegguf.quant import ggml
 from moegguf.recipe import Layout, RouterMode, RouterSpec
 from moegguf.sources.blob import LocalFile
@@ -65,7 +66,7 @@ class Inspection:
 
     @property
     def bits_per_weight(self) -> float:
-        return 8 * sum(group.n_bytes for group in self.groups) / self.n_weights
+        return 8 * sum(group.n_bytes for group in self.groups) / max(1, self.n_weights)
 
 
 def inspect(path: Path) -> Inspection:
@@ -81,7 +82,7 @@ def inspect(path: Path) -> Inspection:
         path=path,
         n_bytes=header.file_size,
         arch=arch,
-        name=header.get("general.name", path.stem),
+        name=str(header.get("general.name", path.stem)),
         file_type=header.get("general.file_type"),
         n_layer=hparam("block_count"),
         n_embd=hparam("embedding_length"),
@@ -137,11 +138,14 @@ def check(path: Path, progress: Callable[[int], None] = lambda n_bytes: None) ->
     header = read_header(path)
     card = read_card(header)
     faults = _size_faults(header)
+    bands: dict[str, Bands] = {}
     if card is not None:
-        faults += _count_faults(header, card)
+        counts = _Counts.of(header, card)
+        bands = _expert_bands(header, card, counts)
+        faults += _card_faults(card, counts) + _shape_faults(header, bands)
     blob = LocalFile(path)
     for info in header.tensors.values():
-        faults += _data_faults(blob, info, progress)
+        faults += _data_faults(blob, info, bands.get(info.name, Bands.of(info)), progress)
         if card is not None and TensorName.parse(info.name).role == "ffn_gate_inp":
             faults += _router_faults(blob, info, card)
     return faults
@@ -149,61 +153,127 @@ def check(path: Path, progress: Callable[[int], None] = lambda n_bytes: None) ->
 
 def _size_faults(header: Header) -> list[str]:
     end = max((info.offset + info.nbytes for info in header.tensors.values()), default=0)
-    alignment = header.get("general.alignment", 32)
-    if header.file_size - end >= alignment:
-        return [f"the file has {header.file_size - end} bytes after its last tensor"]
-    return []
+    alignment = header.get("general.alignment", DEFAULT_ALIGNMENT)
+    extra = header.file_size - -(-end // alignment) * alignment
+    return [f"the file has {extra} bytes after its last tensor"] if extra > 0 else []
 
 
-def _count_faults(header: Header, card: Card) -> list[str]:
-    """Expert counts of the architecture and the shapes of the expert tensors, against the card."""
-    arch = header.get("general.architecture")
-    n = len(card.experts)
-    if card.layout == Layout.FUSED:
-        width = header.get(f"{arch}.feed_forward_length")
-        widths = width if isinstance(width, list) else [width]
-        return [f"the FFN width {w} is no multiple of {n} experts" for w in widths if w % n]
-    n_shared = 0
-    if card.layout == Layout.SHARED:
-        shared_width = header.get(f"{arch}.expert_shared_feed_forward_length", 0)
-        n_shared = shared_width // header.get(f"{arch}.feed_forward_length")
-    faults = []
-    stacked, used = header.get(f"{arch}.expert_count"), header.get(f"{arch}.expert_used_count")
-    if stacked + n_shared != n:
-        faults.append(f"{stacked} stacked and {n_shared} shared experts, but {n} are named")
-    if used + (n_shared if card.layout == Layout.SHARED else 0) != card.k:
-        faults.append(f"{used} stacked and {n_shared} shared experts run for a token, but the router's k is {card.k}")
-    for layer in range(header.get(f"{arch}.block_count")):
-        for role in ("ffn_gate", "ffn_up", "ffn_down"):
-            info = header.tensors.get(f"blk.{layer}.{role}_exps.weight")
-            if info is None or info.shape[0] != stacked:
-                faults.append(f"blk.{layer}.{role}_exps has {info.shape[0] if info else 0} experts, expected {stacked}")
+@dataclass(frozen=True)
+class _Counts:
+    """Experts of a layer by the keys of the architecture: in stacks, run of those, and fused into one FFN."""
+
+    stacked: int
+    used: int
+    fused: int
+
+    @classmethod
+    def of(cls, header: Header, card: Card) -> _Counts:
+        arch = header.get("general.architecture")
+        if card.layout == Layout.FUSED:
+            return cls(0, 0, len(card.experts))
+        width, n_ff = (header.get(f"{arch}.{role}feed_forward_length", 0) for role in ("expert_shared_", ""))
+        fused = width // n_ff if isinstance(n_ff, int) and n_ff else 0
+        return cls(header.get(f"{arch}.expert_count", 0), header.get(f"{arch}.expert_used_count", 0), fused)
+
+
+@dataclass(frozen=True)
+class Bands:
+    """Into how many equal bands of rows, or of columns, the experts divide a tensor."""
+
+    rows: int = 1
+    cols: int = 1
+
+    @classmethod
+    def of(cls, info: TensorInfo) -> Bands:
+        """Those of a file that says nothing of its experts: the slices of a stack."""
+        return cls(rows=info.shape[0]) if len(info.shape) == 3 else cls()
+
+    def fit(self, info: TensorInfo) -> bool:
+        if len(info.shape) == 3:
+            return self == self.of(info)
+        return prod(info.shape[:-1]) % self.rows == 0 and info.shape[-1] % self.cols == 0
+
+
+def _expert_bands(header: Header, card: Card, counts: _Counts) -> dict[str, Bands]:
+    """Every tensor that a mix has because of its experts, by name."""
+    n_layer = header.get(f"{header.get('general.architecture')}.block_count", 0)
+    suffix = "" if card.layout == Layout.FUSED else "_shexp"
+    bands: dict[str, Bands] = {}
+    for layer in range(min(n_layer, len(header.tensors))):
+        if counts.stacked:
+            bands[f"blk.{layer}.ffn_gate_inp.weight"] = Bands()
+            bands |= {f"blk.{layer}.{role}_exps.weight": Bands(rows=counts.stacked) for role in FFN_ROLES}
+        if counts.fused:
+            bands |= {f"blk.{layer}.{role}{suffix}.weight": Bands(rows=counts.fused) for role in FFN_ROLES}
+            bands[f"blk.{layer}.ffn_down{suffix}.weight"] = Bands(cols=counts.fused)
+    return bands
+
+
+def _card_faults(card: Card, counts: _Counts) -> list[str]:
+    """Where the keys that stock runtimes go by contradict ours."""
+    n, faults = len(card.experts), []
+    if card.layout not in set(Layout):
+        faults.append(f"the layout {card.layout!r} is unknown")
+    if card.router not in set(RouterMode):
+        faults.append(f"the router mode {card.router!r} is unknown")
+    if counts.stacked + counts.fused != n:
+        faults.append(f"{counts.stacked} stacked and {counts.fused} fused experts, but {n} are named")
+    if counts.used + counts.fused != card.k:
+        faults.append(f"{counts.used} stacked and {counts.fused} fused experts run for a token, but k is {card.k}")
+    if card.is_gateless and card.k != n:
+        faults.append(f"the router is gateless, but {card.k} of {n} experts run for a token")
     return faults
 
 
-def _data_faults(blob: LocalFile, info: TensorInfo, progress: Callable[[int], None]) -> list[str]:
-    """NaN or Inf in a tensor, and expert slots (slices of a stack) that hold only zeros."""
-    n_slices = info.shape[0] if len(info.shape) == 3 else 1
+def _shape_faults(header: Header, bands: dict[str, Bands]) -> list[str]:
+    missing = [name for name in bands if name not in header.tensors]
+    more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+    faults = [f"{missing[0]}{more}: missing"] if missing else []
+    return faults + [
+        f"{name} has shape {header.tensors[name].shape}, which is not {band.rows * band.cols} experts"
+        for name, band in bands.items()
+        if name in header.tensors and not band.fit(header.tensors[name])
+    ]
+
+
+def _data_faults(blob: LocalFile, info: TensorInfo, bands: Bands, progress: Callable[[int], None]) -> list[str]:
+    """NaN or Inf in a tensor, and experts in it that hold only zeros."""
+    if not bands.fit(info):
+        bands = Bands.of(info)
     is_weight = len(info.shape) > 1 and TensorName.parse(info.name).role != "ffn_gate_inp"
+    is_filled = np.zeros((bands.rows, bands.cols), bool)
     faults = []
-    for i in range(n_slices):
-        is_valid, is_filled = True, False
-        for rows in _read_slice(blob, info, i, n_slices):
+    for i in range(bands.rows):
+        is_valid = True
+        for rows in _read_band(blob, info, i, bands.rows):
             is_valid &= ggml.is_valid(info.type, rows)
-            is_filled |= bool(rows.any())
+            if not is_filled[i].all():
+                is_filled[i] |= _has_weights(info, rows, bands.cols)
             progress(rows.nbytes)
-        where = f"{info.name}[{i}]" if n_slices > 1 else info.name
         if not is_valid:
-            faults.append(f"{where} holds NaN or Inf")
-        if not is_filled and is_weight:
-            faults.append(f"{where} is empty: it holds only zeros")
+            faults.append(f"{_part(info, i, bands.rows)} holds NaN or Inf")
+    if is_weight:
+        for i, filled in enumerate(is_filled.ravel()):
+            if not filled:
+                faults.append(f"{_part(info, i, is_filled.size)} is empty: it holds only zeros")
     return faults
 
 
-def _read_slice(blob: LocalFile, info: TensorInfo, i: int, n_slices: int) -> Iterator[np.ndarray]:
-    """The rows of slice `i`, uint8 (n, row_bytes), a few MiB at a time."""
+def _part(info: TensorInfo, i: int, n: int) -> str:
+    return f"{info.name}[{i}]" if n > 1 else info.name
+
+
+def _has_weights(info: TensorInfo, rows: np.ndarray, n_bands: int) -> np.ndarray:
+    """Which bands of columns hold anything but zeros, bool (n_bands,)."""
+    is_readable = info.type in ggml.supported_types()
+    values = ggml.dequantise(info.type, rows, info.shape[-1]) if is_readable else rows
+    return values.reshape(len(values), n_bands, -1).any(axis=(0, 2))
+
+
+def _read_band(blob: LocalFile, info: TensorInfo, i: int, n_bands: int) -> Iterator[np.ndarray]:
+    """The rows of band `i`, uint8 (n, row_bytes), a few MiB at a time."""
     row_bytes = info.nbytes // prod(info.shape[:-1])
-    n_rows = prod(info.shape[:-1]) // n_slices
+    n_rows = prod(info.shape[:-1]) // n_bands
     step = max(1, CHUNK_BYTES // row_bytes)
     for row in range(0, n_rows, step):
         n = min(step, n_rows - row)
@@ -212,11 +282,16 @@ def _read_slice(blob: LocalFile, info: TensorInfo, i: int, n_slices: int) -> Ite
 
 def _router_faults(blob: LocalFile, info: TensorInfo, card: Card) -> list[str]:
     """A router that is not what its mode, std and seed make."""
-    found = blob.read(info.offset, info.nbytes).view("<f4").reshape(info.shape)
     if card.router not in set(RouterMode):
         return []
+    if info.type.name != "F32" or len(info.shape) != 2:
+        return [f"{info.name} is {info.type.name} of shape {info.shape}, expected an F32 matrix"]
+    found = blob.read(info.offset, info.nbytes).view("<f4").reshape(info.shape)
     spec = RouterSpec(RouterMode(card.router), card.k, card.std or 0.0, card.seed or 0)
-    expected = routers.rows(spec, TensorName.parse(info.name).layer or 0, *info.shape)
+    try:
+        expected = routers.rows(spec, TensorName.parse(info.name).layer or 0, *info.shape)
+    except ValueError:  # a seed that no recipe can have
+        return [f"{info.name} cannot have been made with seed {card.seed}"]
     if np.allclose(found, expected, rtol=1e-5, atol=0):
         return []
     return [f"{info.name} is not the router of mode {card.router}"]

@@ -95,9 +95,9 @@ def read_card(header: Header) -> Card | None:
             f"{header.path}: mix format {version}, this moegguf knows {FORMAT_VERSION}", "use the moegguf that made it"
         )
     columns = [get(f"expert.{column}") for column in ("names", "sources", "weights", "quants")]
-    if len({len(column) for column in columns}) != 1:
-        raise UserError(f"{header.path}: the moegguf.expert.* lists differ in length", "build the mix again")
-    return Card(
+    if not all(map(_is_list, columns)) or len({len(column) for column in columns}) != 1:
+        raise UserError(f"{header.path}: {PREFIX}expert.* are no lists of equal length", "build the mix again")
+    card = Card(
         name=get("name"),
         tool_version=get("version"),
         layout=get("layout"),
@@ -110,3 +110,15 @@ def read_card(header: Header) -> Card | None:
         seed=header.get(PREFIX + "router.seed"),
         always_on=header.get(PREFIX + "always_on"),
     )
+    for key, expected in card.to_metadata().items():
+        found = header.value(key)
+        if (found.type, found.sub_type) != (expected.type, expected.sub_type):
+            raise UserError(
+                f"{header.path}: {key} is {found.value!r:.80}, expected {expected.type.name}", "build the mix again"
+            )
+    return card
+
+
+def _is_list(value) -> bool:
+    """Whether it is an array whose strings, if it holds any, are valid UTF-8 (others are bytes)."""
+    return isinstance(value, list) and not any(isinstance(item, bytes) for item in value)

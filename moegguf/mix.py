@@ -7,8 +7,9 @@ mismatches are reported at once, with both values side by side.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import repeat
 
 from moegguf.errors import UserError
 from moegguf.families import MOE_ARCHITECTURES, TensorName
@@ -97,7 +98,16 @@ def _base_faults(base: Source, layout: Layout) -> list[UserError]:
                 "mix models with gate, up and down projections (Llama, Mistral, Qwen, Gemma, …)",
             )
         ]
+    if fault := _incomplete(base):
+        return [fault]
     faults = []
+    if layout is not Layout.FUSED and isinstance(base.hparam("feed_forward_length"), list):
+        faults.append(
+            UserError(
+                f"{base.ref}: its layers have FFN widths of their own, which layout {layout} cannot hold",
+                "use layout fused",
+            )
+        )
     if layout is not Layout.FUSED and base.arch not in MOE_ARCHITECTURES:
         faults.append(
             UserError(
@@ -111,6 +121,37 @@ def _base_faults(base: Source, layout: Layout) -> list[UserError]:
             UserError(f"{base.ref}: its FFNs have biases, which layout {layout} cannot hold", "use layout fused")
         )
     return faults
+
+
+def _incomplete(base: Source) -> UserError | None:
+    """The first thing that a dense model with gated FFNs has and `base` lacks."""
+    mend = "use a complete and undamaged dense model with a gated FFN in every layer"
+    for key in ("block_count", "embedding_length", "feed_forward_length", "attention.head_count"):
+        counts = base.hparam(key, 0)
+        if not any(counts if isinstance(counts, list) else [counts]):
+            return UserError(f"{base.ref}: {base.arch}.{key} is missing or 0", mend)
+    if "token_embd.weight" not in base.tensors:
+        return UserError(f"{base.ref}: token_embd.weight is missing", mend)
+    layers_of_trunk = {name.layer for name in map(TensorName.parse, base.tensors) if name.role not in FFN_ROLES}
+    for layer, name, expected in _expected_ffns(base):
+        found = base.tensors[name].shape if name in base.tensors else "missing"
+        if found != expected:
+            return UserError(f"{base.ref}: {name} is {found}, expected {expected}", mend)
+        if layer not in layers_of_trunk:
+            return UserError(f"{base.ref}: layer {layer} has an FFN and nothing else", mend)
+    return None
+
+
+def _expected_ffns(base: Source) -> Iterator[tuple[int, str, tuple[int, ...]]]:
+    """Layer, name and shape of every FFN tensor that the metadata of `base` promises."""
+    n_embd, n_ff = base.hparam("embedding_length"), base.hparam("feed_forward_length")
+    has_bias = str(TensorName(0, "ffn_down", "bias")) in base.tensors
+    for layer, width in enumerate(n_ff if isinstance(n_ff, list) else repeat(n_ff, base.n_layer)):
+        for role in FFN_ROLES:
+            rows, cols = (n_embd, width) if role == "ffn_down" else (width, n_embd)
+            yield layer, str(TensorName(layer, role, "weight")), (rows, cols)
+            if has_bias:
+                yield layer, str(TensorName(layer, role, "bias")), (rows,)
 
 
 _HPARAMS = {
@@ -135,24 +176,25 @@ def _expert_faults(base: Source, expert: Expert) -> list[UserError]:
         ]
     faults = [
         UserError(
-            f"{where}: {name} {source.hparam(key)}, the base {base.ref} has {base.hparam(key)}",
+            f"{where}: {name} {source.hparam(key, 0)}, the base {base.ref} has {base.hparam(key)}",
             "mix fine-tunes of one base model",
         )
         for key, name in _HPARAMS.items()
-        if source.hparam(key) != base.hparam(key)
+        if source.hparam(key, 0) != base.hparam(key)
     ]
     return faults or _ffn_faults(base, source, where)
 
 
 def _ffn_faults(base: Source, source: Source, where: str) -> list[UserError]:
-    """FFN tensors that the base has and the expert lacks, or that have another shape."""
-    faults = []
-    for name, tensor in base.tensors.items():
-        if TensorName.parse(name).role not in FFN_ROLES:
-            continue
-        found = source.tensors[name].shape if name in source.tensors else "nothing"
-        if found != tensor.shape:
-            faults.append(
-                UserError(f"{where}: {name} is {found}, the base has {tensor.shape}", "check that it is a fine-tune")
-            )
-    return faults
+    """The first FFN tensor that only one of the two has, or that has another shape in each, and how many more."""
+    names = [name for name in {**base.tensors, **source.tensors} if TensorName.parse(name).role in FFN_ROLES]
+    shapes = [
+        (name, *(model.tensors[name].shape if name in model.tensors else "missing" for model in (source, base)))
+        for name in names
+    ]
+    different = [shape for shape in shapes if shape[1] != shape[2]]
+    if not different:
+        return []
+    name, found, expected = different[0]
+    more = f", and {len(different) - 1} more tensors differ" if len(different) > 1 else ""
+    return [UserError(f"{where}: {name} is {found}, in the base {expected}{more}", "check that it is a fine-tune")]

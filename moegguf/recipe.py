@@ -158,7 +158,7 @@ def _overridden(table: Mapping[str, object], overrides: Mapping[str, object]) ->
 
 
 def _on_top(new: Mapping[str, object], old: Mapping[str, object]) -> dict[str, object]:
-    """Table `new` over table `old`, and the tables in them likewise. The keys of `new` come first: patterns have order."""
+    """Table `new` over table `old`, tables inside likewise. The keys of `new` come first: of patterns the first counts."""
     merged = dict(new)
     for key, value in old.items():
         if key not in merged:
@@ -361,4 +361,6 @@ class _Checker:
 
 
 def _show(value: object) -> str:
-    return "nothing" if value is _MISSING else repr(value)
+    if value is _MISSING:
+        return "nothing"
+    return repr(str(value) if isinstance(value, StrEnum) else value)

@@ -19,10 +19,21 @@ import numpy as np
 FIXTURES = Path(__file__).parent / "fixtures"
 
 DEFAULTS = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": 256,
-    "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False,
-    "attention_bias": False, "mlp_bias": False, "use_cache": True,
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_cache": True,
 }
 MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "rope_theta": 1000000.0}
 
@@ -36,41 +47,97 @@ class Kind:
 
 
 KINDS = {
-    "llama3_like": Kind("llama3", {
-        "vocab_size": 410, "bos_token_id": 404, "eos_token_id": [405, 409], "rope_theta": 500000.0,
-        "max_position_embeddings": 1024,
-        "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                         "original_max_position_embeddings": 128},
-    }),
-    "mistral_like": Kind("spm_fast", MISTRAL | {
-        "vocab_size": 462, "bos_token_id": 1, "eos_token_id": 2, "sliding_window": None,
-        "hidden_size": 128, "head_dim": 64, "intermediate_size": 352, "num_hidden_layers": 3,
-    }),
-    "mistral_v1": Kind("spm_both", MISTRAL | {
-        "vocab_size": 460, "bos_token_id": 1, "eos_token_id": 2, "sliding_window": 256, "rope_theta": 10000.0,
-        "num_key_value_heads": 4,
-    }),
-    "tied": Kind("qwen2", {
-        "vocab_size": 392, "bos_token_id": 380, "eos_token_id": 382, "tie_word_embeddings": True,
-        "hidden_size": 64, "intermediate_size": 96,
-    }),
-    "sentencepiece": Kind("spm", {
-        "vocab_size": 466, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "num_attention_heads": 2,
-        "rope_scaling": {"type": "linear", "factor": 4.0}, "rms_norm_eps": 1e-6,
-    }),
-    "yarn": Kind("tekken", {
-        "vocab_size": 390, "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 2048,
-        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512,
-                         "beta_fast": 32.0, "beta_slow": 1.0},
-    }),
+    "llama3_like": Kind(
+        "llama3",
+        {
+            "vocab_size": 410,
+            "bos_token_id": 404,
+            "eos_token_id": [405, 409],
+            "rope_theta": 500000.0,
+            "max_position_embeddings": 1024,
+            "rope_scaling": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 128,
+            },
+        },
+    ),
+    "mistral_like": Kind(
+        "spm_fast",
+        MISTRAL
+        | {
+            "vocab_size": 462,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "sliding_window": None,
+            "hidden_size": 128,
+            "head_dim": 64,
+            "intermediate_size": 352,
+            "num_hidden_layers": 3,
+        },
+    ),
+    "mistral_v1": Kind(
+        "spm_both",
+        MISTRAL
+        | {
+            "vocab_size": 460,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "sliding_window": 256,
+            "rope_theta": 10000.0,
+            "num_key_value_heads": 4,
+        },
+    ),
+    "tied": Kind(
+        "qwen2",
+        {
+            "vocab_size": 392,
+            "bos_token_id": 380,
+            "eos_token_id": 382,
+            "tie_word_embeddings": True,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+        },
+    ),
+    "sentencepiece": Kind(
+        "spm",
+        {
+            "vocab_size": 466,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+            "num_attention_heads": 2,
+            "rope_scaling": {"type": "linear", "factor": 4.0},
+            "rms_norm_eps": 1e-6,
+        },
+    ),
+    "yarn": Kind(
+        "tekken",
+        {
+            "vocab_size": 390,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "max_position_embeddings": 2048,
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 512,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+            },
+        },
+    ),
 }
 
 Weights = dict[str, np.ndarray]
 """HF tensor name → float32 values."""
 
 
-def write_model(folder: Path, kind: str, *, seed: int = 0, dtype: str = "bf16", shards: int = 1,
-                **config_overrides: object) -> Path:
+def write_model(
+    folder: Path, kind: str, *, seed: int = 0, dtype: str = "bf16", shards: int = 1, **config_overrides: object
+) -> Path:
     """Writes a model of `kind` (a key of KINDS) into `folder` and returns it.
 
     `dtype` is bf16, f16 or f32; with `shards` > 1 an index file is written. A config override of None
@@ -112,17 +179,20 @@ def tensor_shapes(config: Mapping[str, object]) -> dict[str, tuple[int, ...]]:
     q_rows, kv_rows = head_dim * n_head, head_dim * config["num_key_value_heads"]
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], n_embd)}
     for layer in range(config["num_hidden_layers"]):
-        shapes |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in {
-            "self_attn.q_proj": (q_rows, n_embd),
-            "self_attn.k_proj": (kv_rows, n_embd),
-            "self_attn.v_proj": (kv_rows, n_embd),
-            "self_attn.o_proj": (n_embd, q_rows),
-            "mlp.gate_proj": (n_ff, n_embd),
-            "mlp.up_proj": (n_ff, n_embd),
-            "mlp.down_proj": (n_embd, n_ff),
-            "input_layernorm": (n_embd,),
-            "post_attention_layernorm": (n_embd,),
-        }.items()}
+        shapes |= {
+            f"model.layers.{layer}.{name}.weight": shape
+            for name, shape in {
+                "self_attn.q_proj": (q_rows, n_embd),
+                "self_attn.k_proj": (kv_rows, n_embd),
+                "self_attn.v_proj": (kv_rows, n_embd),
+                "self_attn.o_proj": (n_embd, q_rows),
+                "mlp.gate_proj": (n_ff, n_embd),
+                "mlp.up_proj": (n_ff, n_embd),
+                "mlp.down_proj": (n_embd, n_ff),
+                "input_layernorm": (n_embd,),
+                "post_attention_layernorm": (n_embd,),
+            }.items()
+        }
     shapes["model.norm.weight"] = (n_embd,)
     if not config["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (config["vocab_size"], n_embd)
@@ -145,7 +215,7 @@ def write_weights(folder: Path, weights: Weights, *, dtype: str = "bf16", shards
     weight_map = {}
     for shard in range(shards):
         file = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
-        part = names[len(names) * shard // shards:len(names) * (shard + 1) // shards]
+        part = names[len(names) * shard // shards : len(names) * (shard + 1) // shards]
         write_safetensors(folder / file, {name: stored[name] for name in part})
         weight_map |= dict.fromkeys(part, file)
     total = sum(values.nbytes for _, values in stored.values())
@@ -194,7 +264,7 @@ def read_safetensors(path: Path) -> dict[str, tuple[str, np.ndarray]]:
     for name, entry in header.items():
         if name != "__metadata__":
             dtype, (begin, end) = entry["dtype"], entry["data_offsets"]
-            stored = np.frombuffer(data[start + begin:start + end], NUMPY_DTYPES[dtype])
+            stored = np.frombuffer(data[start + begin : start + end], NUMPY_DTYPES[dtype])
             tensors[name] = dtype, decode(stored, dtype).reshape(entry["shape"])
     return tensors
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
-from moegguf.build import Built, Plan, build, plan_build
+from moegguf.build import Built, Plan, build, plan_build, usable_cores
 from moegguf.errors import UserError
 from moegguf.estimate import memory_to_run
 from moegguf.recipe import Layout, Recipe, RouterMode, find_recipes_file, load_recipe, parse_recipe
@@ -27,6 +27,9 @@ examples:
 
 sources: a Hugging Face folder, a .gguf file, hf:org/name[@revision], demo:NAME
 """
+
+STREAMING_THREADS = 16
+"""Reads of a streamed model wait for the network, not for a core."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,14 +81,16 @@ def run(args: argparse.Namespace) -> int:
     if args.threads is not None and not 1 <= args.threads <= MAX_THREADS:
         raise UserError(f"--threads {args.threads}: expected 1 to {MAX_THREADS}", "leave it out to use all cores")
     recipe = _recipe(args)
-    plan = plan_build(recipe, stream=args.stream, pre=args.pre, overwrite=args.force)
+    stream = args.stream or args.dry_run  # a dry run downloads no weights
+    plan = plan_build(recipe, stream=stream, pre=args.pre, overwrite=args.force)
     console = Console(markup=False)
     console.print(_plan_table(plan))
     _print_notes(console, plan)
     if args.dry_run:
         console.print("dry run: nothing was written")
         return 0
-    built = _build_with_progress(plan, args.threads)
+    threads = args.threads or max(usable_cores(), STREAMING_THREADS if args.stream else 1)
+    built = _build_with_progress(plan, threads)
     _print_built(console, built)
     return 0
 
@@ -218,7 +223,7 @@ def _print_notes(console: Console, plan: Plan) -> None:
         )
 
 
-def _build_with_progress(plan: Plan, threads: int | None) -> Built:
+def _build_with_progress(plan: Plan, threads: int) -> Built:
     total = sum(tensor.nbytes for tensor in plan.planned)
     with Progress(
         TextColumn("writing"),

@@ -13,6 +13,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from moegguf.errors import UserError
 from moegguf.layouts.form import Form
+from moegguf.quant import ggml
 from moegguf.quant.presets import ModelFacts, preset, requires_imatrix, tensor_types
 from moegguf.recipe import QuantSpec, Role
 from moegguf.tensor import Planned, Slot
@@ -35,7 +36,8 @@ def assign_types(form: Form, quant: QuantSpec, *, has_imatrix: bool) -> list[Pla
             continue
         tensor = Planned(slot, by_preset[name][slot.name] if asked is None else asked)
         planned.append(tensor)
-        if requires_imatrix(tensor.name, tensor.type, preset(name)) and not _is_important(slot):
+        is_needed = requires_imatrix(tensor.name, tensor.type, preset(name)) or ggml.requires_importance(tensor.type)
+        if is_needed and not _is_important(slot):
             unimportant.append(tensor)
     if unimportant:
         faults.append(_needs_importance(unimportant))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from moegguf.errors import UserError
 from moegguf.gguf_header import Header, TensorInfo, read_header
+from moegguf.quant import ggml
 from moegguf.sources.blob import Blob, LocalFile
 from moegguf.tensor import Metadata, Source, Tensor
 
@@ -38,19 +40,20 @@ def open_gguf(path: Path, ref: str, label: str) -> Source:
         label=label,
         metadata=_select(first, lambda key: not key.startswith(_NOT_OF_THE_MODEL)),
         tensors=tensors,
-        read_vocab=lambda: _select(first, lambda key: key.startswith("tokenizer.")),
+        read_vocab=lambda: _vocab(first, tensors),
         files=tuple(header.path for header in headers),
     )
 
 
 def _shards(path: Path) -> list[Path]:
     match = _SHARD.fullmatch(path.name)
-    if not match:
+    count = int(match["count"]) if match else 0
+    if not count:
         return [path]
-    count = int(match["count"])
     shards = [path.with_name(f"{match['stem']}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
     if missing := [shard.name for shard in shards if not shard.is_file()]:
-        raise UserError(f"{path}: shard {', '.join(missing)} is missing", f"put all {count} shards into one folder")
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(f"{path}: shard {missing[0]}{more} is missing", f"put all {count} shards into one folder")
     return shards
 
 
@@ -58,7 +61,24 @@ def _select(header: Header, wanted) -> Metadata:
     return {key: header.value(key) for key in header.fields if wanted(key)}
 
 
+def _vocab(header: Header, tensors: Mapping[str, Tensor]) -> Metadata:
+    """The tokenizer's keys. llama.cpp loads no model whose tokens and embedding rows differ in number."""
+    tokens, embedding = header.get("tokenizer.ggml.tokens"), tensors.get("token_embd.weight")
+    if not isinstance(tokens, list) or embedding is None or len(tokens) != embedding.n_rows:
+        n_tokens, n_rows = len(tokens) if isinstance(tokens, list) else 0, embedding.n_rows if embedding else 0
+        raise UserError(
+            f"{header.path}: its tokenizer has {n_tokens} tokens, expected one for each of {n_rows} embedding rows",
+            "use a GGUF that holds a whole model as the base",
+        )
+    return _select(header, lambda key: key.startswith("tokenizer."))
+
+
 def _tensor(blob: Blob, info: TensorInfo) -> Tensor:
+    if info.type not in ggml.supported_types():
+        raise UserError(
+            f"{blob.name}: tensor {info.name} is {info.type.name}, which ggml cannot read back",
+            "use another GGUF of the model",
+        )
     row = info.nbytes // prod(info.shape[:-1])
 
     def read_rows(start: int, stop: int) -> np.ndarray:

@@ -13,7 +13,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+import reprlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from moegguf.sources.vocab import read_vocab
 from moegguf.tensor import Metadata, Source, Tensor, constant
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-INDEX = "model.safetensors.index.json"
+INDEX, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -92,9 +93,9 @@ def _read_json(checkpoint: Checkpoint, name: str) -> dict:
 def _family(checkpoint: Checkpoint, config: dict) -> Family:
     architectures = config.get("architectures")
     name = architectures[0] if isinstance(architectures, list) and architectures else architectures
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise UserError(
-            f"{checkpoint.ref}: architecture {name!r} cannot be read from safetensors, "
+            f"{checkpoint.ref}: architecture {reprlib.repr(name)} cannot be read from safetensors, "
             f"expected one of {', '.join(FAMILIES)}",
             "convert it to GGUF with llama.cpp: any dense GGUF model with a gated FFN can go into the fused layout",
         )
@@ -107,52 +108,101 @@ def _checked_config(checkpoint: Checkpoint, family: Family, config: dict) -> dic
     config = dict(family.defaults) | {key: value for key, value in config.items() if value is not None}
 
     def fault(key: str, expected: str, mend: str = "use an unmodified config.json of the model") -> None:
-        faults.append(
-            UserError(f"{checkpoint.ref}: config.json: {key} is {config.get(key)!r}, expected {expected}", mend)
-        )
+        found = reprlib.repr(config[key]) if key in config else "missing"
+        faults.append(UserError(f"{checkpoint.ref}: config.json: {key} is {found}, expected {expected}", mend))
 
-    for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
-        if not _is_positive_int(config.get(key)):
+    if "num_attention_heads" in config:
+        config.setdefault("num_key_value_heads", config["num_attention_heads"])
+    for key in _COUNTS:
+        if not _is_count(config.get(key)):
             fault(key, "a positive integer")
-    if faults:
-        raise UserError.of(faults)
-
-    config.setdefault("num_key_value_heads", config["num_attention_heads"])
-    config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
-    for key in ("num_key_value_heads", "head_dim", "max_position_embeddings"):
-        if not _is_positive_int(config[key]):
-            fault(key, "a positive integer")
+    for key in ("rms_norm_eps", "rope_theta"):
+        if not _is_positive(config[key]):
+            fault(key, "a positive number")
     if config["hidden_act"] != "silu":
         fault("hidden_act", "'silu'", "only SwiGLU models have a stock MoE graph")
-    if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method")
+    if quantised := config.get("quantization_config"):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
         faults.append(
             UserError(
-                f"{checkpoint.ref}: the weights are quantised ({method}), expected bf16, f16 or f32",
+                f"{checkpoint.ref}: the weights are quantised ({reprlib.repr(method)}), expected bf16, f16 or f32",
                 "use the unquantised model, or a GGUF of it",
             )
         )
-    rope = _rope(config)
-    if rope.get("rope_type") not in (None, "default", "linear", "llama3", "yarn"):
-        faults.append(
-            UserError(
-                f"{checkpoint.ref}: config.json: rope_type is {rope['rope_type']!r}, "
-                "expected default, linear, llama3 or yarn",
-                "convert it to GGUF with llama.cpp first",
-            )
-        )
+    if faults:
+        raise UserError.of(faults)
+
+    n_embd, n_head = config["hidden_size"], config["num_attention_heads"]
+    if "head_dim" not in config and n_embd % n_head:
+        fault("num_attention_heads", f"a divisor of hidden_size, which is {n_embd}")
+    elif not _is_count(config.setdefault("head_dim", n_embd // n_head)) or config["head_dim"] % 2:
+        fault("head_dim", "a positive even integer")
+    if n_head % config["num_key_value_heads"]:
+        fault("num_key_value_heads", f"a divisor of num_attention_heads, which is {n_head}")
+    faults += _rope_faults(checkpoint, config)
     if faults:
         raise UserError.of(faults)
     return config
 
 
-def _is_positive_int(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+_COUNTS = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "vocab_size", "max_position_embeddings",
+)  # fmt: skip
+
+
+def _is_count(value) -> bool:
+    return type(value) is int and 0 < value < 2**31
+
+
+def _is_positive(value) -> bool:
+    """Whether it is a number that float32 holds and that can be divided by."""
+    return type(value) in (int, float) and 1e-37 < value < 1e37
+
+
+def _rope_faults(checkpoint: Checkpoint, config: dict) -> Iterator[UserError]:
+    """What is wrong with how the context is stretched."""
+    key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+
+    def fault(where: str, found, expected: str, mend: str = "use an unmodified config.json of the model") -> UserError:
+        found = "missing" if found is None else reprlib.repr(found)
+        return UserError(f"{checkpoint.ref}: config.json: {where} is {found}, expected {expected}", mend)
+
+    if not isinstance(config.get(key) or {}, dict):
+        yield fault(key, config[key], "an object")
+        return
+    rope = _rope(config)
+    kind = rope.get("rope_type", "default")
+    if kind not in ("default", "linear", "llama3", "yarn"):
+        yield fault("rope_type", kind, "default, linear, llama3 or yarn", "convert it to GGUF with llama.cpp first")
+        return
+    if "factor" in rope and "rope_type" not in rope:
+        yield fault(f"{key}.rope_type", None, "default, linear, llama3 or yarn")
+    if kind in ("linear", "yarn"):
+        rope.setdefault("factor", None)
+    for name, value in rope.items():
+        if name == "original_max_position_embeddings":
+            if not _is_count(value):
+                yield fault(f"{key}.{name}", value, "a positive integer")
+        elif name in _ROPE_NUMBERS and not _is_positive(value):
+            yield fault(f"{key}.{name}", value, "a positive number")
+    if kind == "llama3":
+        low, high = (rope.get(f"{end}_freq_factor", default) for end, default in LLAMA3_BAND)
+        if _is_positive(low) and _is_positive(high) and low >= high:
+            yield fault(f"{key}.high_freq_factor", high, f"more than low_freq_factor, which is {low}")
+
+
+_ROPE_NUMBERS = (
+    "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "extrapolation_factor", "attention_factor",
+    "attn_factor", "beta_fast", "beta_slow",
+)  # fmt: skip
+LLAMA3_BAND = (("low", 1.0), ("high", 4.0))
 
 
 def _rope(config: dict) -> dict:
     """Rope parameters in the one form of transformers 5 (`rope_parameters`), whichever the config has."""
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope = {key: value for key, value in given.items() if value is not None}
     rope.setdefault("rope_theta", config["rope_theta"])
     if "type" in rope:
         rope.setdefault("rope_type", rope["type"])
@@ -168,7 +218,7 @@ def _metadata(family: Family, config: dict, label: str) -> Metadata:
     metadata: Metadata = {
         "general.architecture": GGUFValue(arch, string),
         "general.type": GGUFValue("model", string),
-        "general.name": GGUFValue(re.split(r"[/:]", label)[-1], string),
+        "general.name": GGUFValue(re.split(r"[/:]", label.partition("@")[0])[-1], string),
     }
 
     def add(key: str, value, type: GGUFValueType) -> None:
@@ -218,10 +268,12 @@ def _entries(checkpoint: Checkpoint) -> Mapping[str, Entry]:
         shards = sorted({str(shard) for shard in weight_map.values()})
     else:
         weight_map = {}
-        shards = [name for name in checkpoint.file_names if name.endswith(".safetensors")]
+        names = [name for name in checkpoint.file_names if name.endswith(".safetensors")]
+        shards = [SINGLE_FILE] if SINGLE_FILE in names else names  # some keep consolidated.safetensors beside it
     if missing := [shard for shard in shards if shard not in checkpoint.file_names]:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(
-            f"{checkpoint.ref}: shard {', '.join(missing)} is missing ({len(shards)} expected by {INDEX})",
+            f"{checkpoint.ref}: shard {missing[0]}{more} is missing ({len(shards)} expected by {INDEX})",
             "finish the download",
         )
     if not shards:
@@ -262,6 +314,7 @@ def _tensors(
     for hf_name, entry in entries.items():
         try:
             name = gguf_name(hf_name)
+            expected = name and shapes[name.role, name.kind]
         except KeyError:
             raise UserError(
                 f"{checkpoint.ref}: tensor {hf_name} is unknown to {family.hf_architecture}",
@@ -270,14 +323,13 @@ def _tensors(
         if name is None or (name.layer is not None and name.layer >= n_layer):
             continue
         tensor = entry.tensor(str(name))
-        if tensor.shape != shapes[name.role, name.kind]:
+        if tensor.shape != expected:
             raise UserError(
-                f"{checkpoint.ref}: {hf_name} has shape {tensor.shape}, config.json expects "
-                f"{shapes[name.role, name.kind]}",
+                f"{checkpoint.ref}: {hf_name} has shape {tensor.shape}, config.json expects {expected}",
                 "config.json and the weights are of two models: download both again",
             )
         tensors[str(name)] = _rotary_order(tensor, heads[name.role]) if name.role in family.rotated else tensor
-    _require_complete(checkpoint, n_layer, tensors)
+    _require_complete(checkpoint, config, tensors)
     if (factors := _rope_factors(config)) is not None:
         tensors["rope_freqs.weight"] = constant("rope_freqs.weight", factors)
     return tensors
@@ -299,12 +351,20 @@ def _expected_shapes(config: dict) -> dict[tuple[str, str], tuple[int, ...]]:
 _REQUIRED = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
 
 
-def _require_complete(checkpoint: Checkpoint, n_layer: int, tensors: Mapping[str, Tensor]) -> None:
-    required = ["token_embd.weight", "output_norm.weight"]
-    required += [str(TensorName(layer, role, "weight")) for layer in range(n_layer) for role in _REQUIRED]
-    if missing := [name for name in required if name not in tensors]:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UserError(f"{checkpoint.ref}: the weights lack {missing[0]}{more}", "finish the download")
+def _require_complete(checkpoint: Checkpoint, config: dict, tensors: Mapping[str, Tensor]) -> None:
+    for name in _required_names(config):
+        if name not in tensors:
+            raise UserError(f"{checkpoint.ref}: the weights lack {name}", "finish the download")
+
+
+def _required_names(config: dict) -> Iterator[str]:
+    yield "token_embd.weight"
+    yield "output_norm.weight"
+    if not config["tie_word_embeddings"]:
+        yield "output.weight"
+    for layer in range(config["num_hidden_layers"]):
+        for role in _REQUIRED:
+            yield str(TensorName(layer, role, "weight"))
 
 
 def _rotary_order(tensor: Tensor, n_head: int) -> Tensor:
@@ -330,24 +390,25 @@ def _rotary_order(tensor: Tensor, n_head: int) -> Tensor:
 def _rope_factors(config: dict) -> np.ndarray | None:
     """float32 (head_dim / 2,): how much slower each rotary frequency turns under llama3 scaling; None without it.
 
-    Source: transformers, modeling_rope_utils.py, `_compute_llama3_parameters`.
+    Source: transformers, modeling_rope_utils.py, `_compute_llama3_parameters`. The converter computes this in torch's
+    float32, where a number over a tensor is the number times the reciprocal: so here too, for the same last bits.
     """
     rope = _rope(config)
     if rope.get("rope_type") != "llama3":
         return None
     dim = config["head_dim"]
-    frequencies = 1.0 / (np.float32(rope["rope_theta"]) ** (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)))
-    factor = rope.get("factor", 8.0)
-    low, high = rope.get("low_freq_factor", 1.0), rope.get("high_freq_factor", 4.0)
-    original = rope.get("original_max_position_embeddings", 8192)
-    factors = []
-    for frequency in frequencies.astype(np.float32):
-        wavelength = np.float32(2 * math.pi) / frequency
-        smooth = (np.float32(original) / wavelength - np.float32(low)) / np.float32(high - low)
-        if wavelength < original / high:
-            factors.append(1.0)
-        elif wavelength > original / low:
-            factors.append(factor)
-        else:
-            factors.append(1 / ((1 - smooth) / np.float32(factor) + smooth))
-    return np.array(factors, np.float32)
+    exponents = (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)).astype(np.float64)
+    periods = (rope["rope_theta"] ** exponents).astype(np.float32)
+    return np.array([_rope_factor(1 / period, rope) for period in periods], np.float32)
+
+
+def _rope_factor(frequency: np.float32, rope: dict) -> np.float32 | float:
+    factor, original = rope.get("factor", 8.0), rope.get("original_max_position_embeddings", 8192)
+    low, high = (rope.get(f"{end}_freq_factor", default) for end, default in LLAMA3_BAND)
+    wavelength = 1 / frequency * np.float32(2 * math.pi)
+    if wavelength < original / high:
+        return 1.0
+    if wavelength > original / low:
+        return factor
+    smooth = (1 / wavelength * np.float32(original) - np.float32(low)) / np.float32(high - low)
+    return 1 / ((1 - smooth) / np.float32(factor) + smooth)

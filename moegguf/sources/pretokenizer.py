@@ -24,27 +24,48 @@ from tokenizers import Tokenizer
 from moegguf.errors import UserError
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_WORDS_AND = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST_OR_PATH = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+%s|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*%s"
-_CASED_REST = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def _cased(ending: str) -> str:
+    """Words that begin with capitals or are all capitals, each with `ending`."""
+    upper, lower = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+    first = r"[^\r\n\p{L}\p{N}]?"
+    return f"{first}{upper}*{lower}+{ending}|{first}{upper}+{lower}*{ending}"
+
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-LLAMA3 = rf"{_CONTRACTIONS}|{_WORDS_AND}|\p{{N}}{{1,3}}|{_REST}"
-QWEN2 = rf"{_CONTRACTIONS}|{_WORDS_AND}|\p{{N}}|{_REST}"
-QWEN35 = (rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}"
-          r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-TEKKEN = rf"{_CASED % ('', '')}|\p{{N}}|{_CASED_REST}"
-GPT4O = rf"{_CASED % (_CONTRACTIONS + '?', _CONTRACTIONS + '?')}|\p{{N}}{{1,3}}|{_CASED_REST}"
-DIGIT, UP_TO_3_DIGITS = r"\p{N}", r"\p{N}{1,3}"
+LLAMA3 = rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}{{1,3}}|{_REST}"
+QWEN2 = rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}|{_REST}"
+QWEN35 = (
+    rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}"
+    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+TEKKEN = rf"{_cased('')}|\p{{N}}|{_REST_OR_PATH}"
+GPT4O = rf"{_cased(_CONTRACTIONS + '?')}|\p{{N}}{{1,3}}|{_REST_OR_PATH}"
+MINICPM5 = rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}+|{_REST}"
+BAILING = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+SEED_CODER = (
+    f"{_CONTRACTIONS}|[^\r\n\\p{{L}}\\p{{N}}]?\\p{{L}}+|\\p{{N}}{{1}}"
+    "| ?[^\\s\\p{L}\\p{N}\r\n]+|\\s*[\r\n]+|\\s+(?!\\S)|\\s+"
+)
+DIGIT, DIGITS, UP_TO_3_DIGITS = r"\p{N}", r"\p{N}+", r"\p{N}{1,3}"
 BLOOM = r" ?[^(\s|[.,!?…。，、।۔،])]+"
 HAN, KANA_HAN = "[一-龥ࠀ-一가-퟿]+", "[一-龥぀-ゟ゠-ヿ]+"
-LETTERS = ("A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝ"
-           "Ὗ-\u1f7dᾀ-ᾴᾶ-ᾼ\u1fbeῂ-ῄῆ-ῌῐ-\u1fd3ῖ-\u1fdbῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤ\u2126ℨ\u212a-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ"
-           "-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃")
-DEEPSEEK3 = ("[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
-             "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+")
+LETTERS = (
+    "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝ"
+    "Ὗ-\u1f7dᾀ-ᾴᾶ-ᾼ\u1fbeῂ-ῄῆ-ῌῐ-\u1fd3ῖ-\u1fdbῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤ\u2126ℨ\u212a-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ"
+    "-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃"
+)
+DEEPSEEK3 = (
+    "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
+    "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+"
+)
 
 
 @dataclass(frozen=True)
@@ -57,39 +78,39 @@ class Rule:
 
 
 RULES = (
-    Rule("gpt-2", (GPT2,)),
-    Rule("smollm", (DIGIT, GPT2)),
-    Rule("llama-bpe", (LLAMA3,), ignore_merges=True),
-    Rule("smaug-bpe", (LLAMA3,)),
-    Rule("qwen2", (QWEN2,)),
-    Rule("qwen35", (QWEN35,)),
-    Rule("tekken", (TEKKEN,), ignore_merges=True),
-    Rule("gpt-4o", (GPT4O,)),
-    Rule("deepseek-v3", (UP_TO_3_DIGITS, KANA_HAN, DEEPSEEK3)),
-    Rule("deepseek-coder", ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", HAN, DIGIT)),
-    Rule("minicpm5", (UP_TO_3_DIGITS, LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}+")), ignore_merges=True),
-    Rule("bailingmoe", (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}"
-                        r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",)),
-    Rule("seed-coder", (_CONTRACTIONS + "|[^\r\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1}| ?[^\\s\\p{L}\\p{N}\r\n]+"
-                        "|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",)),
-    Rule("ufakzeka", (rf"{_WORDS_AND}|\p{{N}}|{_REST}",)),
-    Rule("bloom", (BLOOM,)),
-    Rule("viking", (BLOOM, DIGIT)),
-    Rule("falcon", ('{"type": "Punctuation", "behavior": "Contiguous"}', GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
+    Rule("gpt-2", (GPT2,)),  # openai-community/gpt2
+    Rule("smollm", (DIGIT, GPT2)),  # HuggingFaceTB/SmolLM2-135M-Instruct, bigcode/starcoder2-3b
+    Rule("llama-bpe", (LLAMA3,), ignore_merges=True),  # meta-llama/Llama-3.2-1B-Instruct
+    Rule("smaug-bpe", (LLAMA3,)),  # abacusai/Smaug-Llama-3-70B-Instruct
+    Rule("qwen2", (QWEN2,)),  # Qwen/Qwen3-0.6B
+    Rule("qwen35", (QWEN35,)),  # Qwen/Qwen3.5-9B
+    Rule("tekken", (TEKKEN,), ignore_merges=True),  # mistralai/Mistral-Nemo-Base-2407
+    Rule("gpt-4o", (GPT4O,)),  # openai/gpt-oss-20b
+    Rule("minicpm5", (UP_TO_3_DIGITS, MINICPM5), ignore_merges=True),  # openbmb/MiniCPM5-1B
     Rule("deepseek-llm", ("[\r\n]", rf"\s?[{LETTERS}]+", r"\s?[!-/:-~！-／：-～‘-‟　-。]+", r"\s+$", HAN, DIGIT)),
+    Rule("deepseek-coder", ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", HAN, DIGIT)),
+    Rule("deepseek-v3", (UP_TO_3_DIGITS, KANA_HAN, DEEPSEEK3)),  # deepseek-ai/DeepSeek-V3
+    Rule("seed-coder", (SEED_CODER,)),  # ByteDance-Seed/Seed-Coder-8B-Base
+    Rule("bailingmoe", (BAILING,)),  # inclusionAI/Ling-lite
+    Rule("ufakzeka", (rf"{_WORD}|\p{{N}}|{_REST}",)),  # ufakai/ufakzeka-1
+    Rule("bloom", (BLOOM,)),  # bigscience/bloom
+    Rule("viking", (BLOOM, DIGIT)),  # LumiOpen/Viking-7B
+    Rule("falcon", ('{"type": "Punctuation", "behavior": "Contiguous"}', GPT2, DIGITS, "[0-9][0-9][0-9]")),
 )
 
-NAMES = frozenset("""
-    a.x-4.0 afmoe bailingmoe bailingmoe2 bloom chameleon chatglm-bpe codeshell cohere2moe command-r dbrx
-    deepseek-coder deepseek-llm deepseek-r1-qwen deepseek-v3 default exaone exaone-moe exaone4 f2llmv2
-    falcon falcon-h1 falcon3 gemma4 gigachat glm4 glm5 gpt-2 gpt-4o gpt3-finnish granite-docling granite-
-    embed-multi-311m granite-embed-multi-97m grok-2 hunyuan hunyuan-dense hy_v4 jais jais-2 jina-de jina-es
-    jina-v1-en jina-v2-code jina-v2-de jina-v2-es jina-v5-nano joyai-llm kanana2 kimi-k2 kormo laguna lfm2
-    llada-moe llama-bpe llama-v3 llama3 llama4 megrez mellum mellum2 midm-2.0 minerva-7b minicpm5 minimax-m2
-    modern-bert mpt olmo phi-2 pixtral poro-chat qwen2 qwen35 refact roberta-bpe sarvam-moe seed-coder
-    smaug-bpe smollm solar-open spark2_5 stablelm2 starcoder superbpe talkie tekken tiny_aya trillion
-    ufakzeka viking whitespace youtu
-""".split())
+NAMES = frozenset([
+    "a.x-4.0", "afmoe", "bailingmoe", "bailingmoe2", "bloom", "chameleon", "chatglm-bpe", "codeshell", "cohere2moe",
+    "command-r", "dbrx", "deepseek-coder", "deepseek-llm", "deepseek-r1-qwen", "deepseek-v3", "default", "exaone",
+    "exaone-moe", "exaone4", "f2llmv2", "falcon", "falcon-h1", "falcon3", "gemma4", "gigachat", "glm4", "glm5",
+    "gpt-2", "gpt-4o", "gpt3-finnish", "granite-docling", "granite-embed-multi-311m", "granite-embed-multi-97m",
+    "grok-2", "hunyuan", "hunyuan-dense", "hy_v4", "jais", "jais-2", "jina-de", "jina-es", "jina-v1-en",
+    "jina-v2-code", "jina-v2-de", "jina-v2-es", "jina-v5-nano", "joyai-llm", "kanana2", "kimi-k2", "kormo", "laguna",
+    "lfm2", "llada-moe", "llama-bpe", "llama-v3", "llama3", "llama4", "megrez", "mellum", "mellum2", "midm-2.0",
+    "minerva-7b", "minicpm5", "minimax-m2", "modern-bert", "mpt", "olmo", "phi-2", "pixtral", "poro-chat", "qwen2",
+    "qwen35", "refact", "roberta-bpe", "sarvam-moe", "seed-coder", "smaug-bpe", "smollm", "solar-open", "spark2_5",
+    "stablelm2", "starcoder", "superbpe", "talkie", "tekken", "tiny_aya", "trillion", "ufakzeka", "viking",
+    "whitespace", "youtu",
+])  # fmt: skip
 """Every name that llama.cpp accepts as `tokenizer.ggml.pre`."""
 
 
@@ -138,7 +159,7 @@ def _split(step: dict) -> str:
         case {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Removed", "invert": True}:
             return regex
         case {"type": "Digits", "individual_digits": individual}:
-            return DIGIT if individual else r"\p{N}+"
+            return DIGIT if individual else DIGITS
         case {"type": "ByteLevel", "add_prefix_space": False}:
             return GPT2 if step.get("use_regex", True) else ""
     return _json(step)

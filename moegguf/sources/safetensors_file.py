@@ -8,6 +8,7 @@ Every offset is checked against the file, the shape and the other tensors before
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -19,6 +20,7 @@ from moegguf.errors import UserError
 from moegguf.sources.blob import Blob
 from moegguf.tensor import Tensor
 
+MAX_DIMENSIONS = 8
 MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
 
 DTYPES = {"F32": GGMLQuantizationType.F32, "F16": GGMLQuantizationType.F16, "BF16": GGMLQuantizationType.BF16}
@@ -88,14 +90,21 @@ def _read_header(blob: Blob) -> tuple[dict, int]:
     return header, 8 + length
 
 
+def _is_count(number) -> bool:
+    return type(number) is int and 0 <= number < 2**63
+
+
 def _checked_entry(blob: Blob, name: str, info, data_start: int) -> Entry:
     try:
         dtype, shape, (start, end) = info["dtype"], tuple(info["shape"]), info["data_offsets"]
         numbers = (*shape, start, end)
-        if not all(isinstance(number, int) and number >= 0 for number in numbers):
-            raise ValueError(numbers)
+        if not isinstance(dtype, str) or len(shape) > MAX_DIMENSIONS or not all(map(_is_count, numbers)):
+            raise ValueError(info)
     except (TypeError, KeyError, ValueError) as error:
-        raise _corrupt(blob, f"tensor {name} has the entry {str(info)[:120]}") from error
+        expected = "a dtype, a shape and two data_offsets"
+        raise _corrupt(blob, f"tensor {name} has the entry {reprlib.repr(info)}, expected {expected}") from error
+    if start > end:
+        raise _corrupt(blob, f"tensor {name} ends at {end}, before it starts at {start}")
     if data_start + end > blob.size:
         raise _corrupt(blob, f"tensor {name} should end at byte {data_start + end}, the file ends at {blob.size}")
     expected = prod(shape) * DTYPE_BYTES.get(dtype, 0)

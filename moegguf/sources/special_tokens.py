@@ -19,14 +19,12 @@ IDS = {
     "bos": Keys.Tokenizer.BOS_ID, "eos": Keys.Tokenizer.EOS_ID, "unk": Keys.Tokenizer.UNK_ID,
     "sep": Keys.Tokenizer.SEP_ID, "pad": Keys.Tokenizer.PAD_ID, "mask": Keys.Tokenizer.MASK_ID,
     "eot": Keys.Tokenizer.EOT_ID,
-}
+}  # fmt: skip
 FLAGS = {"bos": Keys.Tokenizer.ADD_BOS, "eos": Keys.Tokenizer.ADD_EOS, "sep": Keys.Tokenizer.ADD_SEP}
 
-CODE_LLAMA_VOCAB_SIZE, GRANITE_VOCAB_SIZE = 32016, 49152
-CODE_LLAMA_INFILL = {
-    Keys.Tokenizer.PREFIX_ID: 32007, Keys.Tokenizer.SUFFIX_ID: 32008, Keys.Tokenizer.MIDDLE_ID: 32009,
-    Keys.Tokenizer.EOT_ID: 32010,
-}
+CODE_LLAMA_VOCAB_SIZE, CODE_LLAMA_EOT = 32016, 32010
+GRANITE_VOCAB_SIZE = 49152
+"""Models that are known by these sizes: their files leave out the EOT id, and that no BOS is added."""
 
 Roles = dict[str, str]
 Adds = dict[str, bool]
@@ -38,12 +36,14 @@ def special_keys(files: TokenizerFiles, vocab_size: int) -> Metadata:
     id_of = {token["content"]: token["id"] for token in files.content.get("added_tokens", ())}
     ids = {key: id_of.get(roles.get(role), files.config.get(f"{role}_token_id")) for role, key in IDS.items()}
     if vocab_size == CODE_LLAMA_VOCAB_SIZE:
-        ids |= CODE_LLAMA_INFILL
+        ids[Keys.Tokenizer.EOT_ID] = CODE_LLAMA_EOT
     if vocab_size == GRANITE_VOCAB_SIZE:
         adds["bos"] = False
-    return ({key: GGUFValue(id, GGUFValueType.UINT32) for key, id in ids.items()
-             if isinstance(id, int) and 0 <= id < vocab_size}
-            | {FLAGS[role]: GGUFValue(add, GGUFValueType.BOOL) for role, add in adds.items()})
+    return {
+        key: GGUFValue(id, GGUFValueType.UINT32)
+        for key, id in ids.items()
+        if isinstance(id, int) and 0 <= id < vocab_size
+    } | {FLAGS[role]: GGUFValue(add, GGUFValueType.BOOL) for role, add in adds.items()}
 
 
 def _roles_and_adds(files: TokenizerFiles) -> tuple[Roles, Adds]:

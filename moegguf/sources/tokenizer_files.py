@@ -71,9 +71,12 @@ class TokenizerFiles:
         return {int(id): entry for id, entry in declared.items()}
 
     @property
-    def chat_template(self) -> str | list[dict] | None:
-        """One template, or several as objects with `name` and `template`."""
-        return self.tokenizer_config.get("chat_template", _template_file(self.folder))
+    def chat_templates(self) -> list:
+        """Objects with `name` and `template`; the one that is used by itself is called default."""
+        templates = self.tokenizer_config.get("chat_template")
+        if templates is None:
+            templates = _template_file(self.folder)
+        return [{"name": "default", "template": templates}] if isinstance(templates, str) else _entries(templates)
 
 
 def open_tokenizer(path: Path) -> Tokenizer:
@@ -90,15 +93,14 @@ def read_json(path: Path) -> dict:
         return {}
     try:
         value = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}"
-        raise UserError(f"{path}: broken JSON at {where}: {error.msg}", BROKEN) from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: broken JSON: {error}", BROKEN) from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: a JSON object was expected, found {type(value).__name__}", BROKEN)
     return value
 
 
-def _template_file(folder: Path) -> str | list[dict] | None:
+def _template_file(folder: Path) -> object:
     path = folder / "chat_template.jinja"
     if not path.is_file():
         return read_json(folder / "chat_template.json").get("chat_template")
@@ -123,8 +125,11 @@ def _roles(config: dict) -> dict[str, str]:
     return {role: text for role in ROLES if (text := _text(config.get(f"{role}_token")))}
 
 
-def _entries(listed: list | dict | None) -> list:
-    return list(listed.values()) if isinstance(listed, dict) else list(listed or ())
+def _entries(listed: object) -> list:
+    """The items of a list, or the values of an object."""
+    if isinstance(listed, dict):
+        return list(listed.values())
+    return listed if isinstance(listed, list) else []
 
 
 def _text(entry: object) -> str | None:

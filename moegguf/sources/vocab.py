@@ -64,8 +64,10 @@ def _vocabulary(files: TokenizerFiles, vocab_size: int, pre: str | None) -> Meta
         raise _no_tokenizer(files.folder)
     model, decoder = files.content["model"], files.content["decoder"] or {}
     if model["type"] != "BPE":
-        raise UserError(f"{files.folder / 'tokenizer.json'}: llama.cpp has no {model['type']} tokenizer for this family",
-                        "give the folder the model's tokenizer.model, or a tokenizer.json of type BPE")
+        raise UserError(
+            f"{files.folder / 'tokenizer.json'}: llama.cpp has no {model['type']} tokenizer for Llama models",
+            "give the folder the model's tokenizer.model, or a tokenizer.json of type BPE",
+        )
     if model["byte_fallback"] and decoder.get("type") == "Sequence":
         return _sentencepiece_keys(files, _byte_fallback_tokens(files, vocab_size), pre)
     return _bpe_keys(files, _bpe_tokens(files, vocab_size), pre)
@@ -82,8 +84,10 @@ def _no_tokenizer(folder: Path) -> UserError:
 
 def _sentencepiece_keys(files: TokenizerFiles, tokens: list[Token], pre: str | None) -> Metadata:
     if pre is not None:
-        raise UserError(f"--pre {pre}: the tokenizer in {files.folder} is a SentencePiece one, which has no "
-                        "pre-tokenizer", "leave --pre out")
+        raise UserError(
+            f"--pre {pre}: the tokenizer in {files.folder} is a SentencePiece one, which has no pre-tokenizer",
+            "leave --pre out",
+        )
     scores = _array([token.score for token in tokens], GGUFValueType.FLOAT32)
     return _token_keys(files, "llama", "default", tokens) | {Keys.Tokenizer.SCORES: scores}
 
@@ -101,8 +105,11 @@ def _token_keys(files: TokenizerFiles, model: str, pre: str, tokens: list[Token]
     ids: dict[str, int] = {}
     for id, token in enumerate(tokens):
         if ids.setdefault(token.text, id) != id:
-            raise UserError(f"{files.folder}: token {token.text!r} has two ids, {ids[token.text]} and {id}, and "
-                            "llama.cpp loads no such vocabulary", "remove one of them from the tokenizer files")
+            raise UserError(
+                f"{files.folder}: token {token.text!r} has two ids, {ids[token.text]} and {id}, and "
+                "llama.cpp loads no such vocabulary",
+                "remove one of them from the tokenizer files",
+            )
     return {
         Keys.Tokenizer.MODEL: GGUFValue(model, GGUFValueType.STRING),
         Keys.Tokenizer.PRE: GGUFValue(pre, GGUFValueType.STRING),
@@ -115,7 +122,8 @@ def _sentencepiece_tokens(files: TokenizerFiles, vocab_size: int) -> list[Token]
     """tokenizer.model, overlaid by added_tokens.json and then by tokenizer_config.json, as far as there are rows."""
     tokens = dict(enumerate(_pieces(files.folder / "tokenizer.model")))
     for text, id in read_json(files.folder / "added_tokens.json").items():
-        tokens[id] = Token(text, TokenType.USER_DEFINED)
+        if isinstance(id, int):
+            tokens[id] = Token(text, TokenType.USER_DEFINED)
     for id, entry in files.declared_tokens.items():
         tokens[id] = _added(entry["content"], bool(entry.get("special")))
     return _padded(tokens, vocab_size)
@@ -126,8 +134,12 @@ def _pieces(path: Path) -> list[Token]:
         model = SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
         raise UserError(f"{path}: not a readable SentencePiece model: {error}", BROKEN) from None
-    kinds = ((model.IsUnknown, TokenType.UNKNOWN), (model.IsControl, TokenType.CONTROL),
-             (model.IsUnused, TokenType.UNUSED), (model.IsByte, TokenType.BYTE))
+    kinds = (
+        (model.IsUnknown, TokenType.UNKNOWN),
+        (model.IsControl, TokenType.CONTROL),
+        (model.IsUnused, TokenType.UNUSED),
+        (model.IsByte, TokenType.BYTE),
+    )
 
     def kind(id: int) -> TokenType:
         return next((type for is_kind, type in kinds if is_kind(id)), TokenType.NORMAL)
@@ -185,16 +197,20 @@ def _added(text: str, special: bool) -> Token:
 
 def _looks_special(text: str) -> bool:
     """Whether a token is a control token although nothing marks it so; the cases are llama.cpp's."""
-    return (text in ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
-            or (text.startswith("<|") and text.endswith("|>"))
-            or (text.startswith("<｜") and text.endswith("｜>"))
-            or (text.startswith("<unused") and text.endswith(">")))
+    return (
+        text in ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
+        or (text.startswith("<|") and text.endswith("|>"))
+        or (text.startswith("<｜") and text.endswith("｜>"))
+        or (text.startswith("<unused") and text.endswith(">"))
+    )
 
 
 def _within_rows(files: TokenizerFiles, tokens: dict[int, Token], vocab_size: int) -> dict[int, Token]:
     if (last := max(tokens, default=0)) >= vocab_size:
-        raise UserError(f"{files.folder}: token {tokens[last].text!r} has id {last}, but the model has {vocab_size} "
-                        "embedding rows", "use the tokenizer files that belong to these weights")
+        raise UserError(
+            f"{files.folder}: token {tokens[last].text!r} has id {last}, but the model has {vocab_size} embedding rows",
+            "use the tokenizer files that belong to these weights",
+        )
     return tokens
 
 
@@ -205,11 +221,8 @@ def _padded(tokens: dict[int, Token], vocab_size: int) -> list[Token]:
 
 def _chat_templates(files: TokenizerFiles) -> Metadata:
     """`tokenizer.chat_template`, and further ones under their names."""
-    templates = files.chat_template
-    if isinstance(templates, str):
-        templates = [{"name": "default", "template": templates}]
     by_name = {}
-    for entry in templates or ():
+    for entry in files.chat_templates:
         match entry:
             case {"name": str(name), "template": str(template)}:
                 by_name[_plain(name)] = GGUFValue(template, GGUFValueType.STRING)

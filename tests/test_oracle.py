@@ -1,0 +1,115 @@
+"""One pass must give what two give: a build straight to a preset equals `llama_model_quantize` on a 16-bit or
+32-bit build of the same mix, in every type and every byte.
+
+Where a factor is folded into down (1/N in fused, N·a_e in shared) it is a power of two or the intermediate file is
+F32; otherwise the intermediate would round what one pass never stores.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import llama_cpp
+import pytest
+from conftest import build_mix, make_recipe, read_metadata, read_tensors
+from gguf import GGMLQuantizationType as Type
+
+from moegguf.build import plan_build
+from moegguf.errors import UserError
+from moegguf.quant.presets import preset, preset_names
+
+NEEDS_IMATRIX = {"IQ3_XS", "IQ3_XXS", "Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"}
+SMALL = {"intermediate_size": 256, "num_hidden_layers": 1}
+ODD = {"intermediate_size": 96, "num_hidden_layers": 1}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A mix of `n` experts whose sources are in `dtype`, and the type of its intermediate file."""
+
+    kind: str
+    dtype: str
+    n: int
+    intermediate: str
+    recipe: dict
+    config: dict = field(default_factory=dict)
+
+
+CASES = {
+    "mixtral of 2": Case("llama3_like", "bf16", 2, "BF16", {"layout": "mixtral"}, SMALL),
+    "mixtral of 8": Case("tied", "f16", 8, "F16", {"layout": "mixtral"}, SMALL),
+    "mixtral of 8, noisy": Case("tied", "f32", 8, "F32", {"router": {"mode": "noisy"}}, ODD),
+    "mixtral of 3, odd rows": Case("mistral_like", "f16", 3, "F16", {"layout": "mixtral"}, ODD),
+    "mixtral of 3, unequal": Case("tied", "f32", 3, "F32", {"weights": (0.5, 0.3, 0.2)}),
+    "fused of 2, odd rows": Case("mistral_like", "bf16", 2, "BF16", {"layout": "fused"}, ODD),
+    "fused of 3": Case("tied", "f32", 3, "F32", {"layout": "fused"}, SMALL),
+    "shared of 2": Case("tied", "bf16", 2, "BF16", {"layout": "shared"}, SMALL),
+    "shared of 3, odd rows": Case("mistral_like", "f32", 3, "F32", {"layout": "shared"}, ODD),
+    "always on": Case("tied", "bf16", 3, "BF16", {"router": {"mode": "noisy", "k": 2}, "always_on": "e0"}, SMALL),
+}
+
+
+def llama_quantise(source: Path, target: Path, name: str) -> bool:
+    """Whether llama_model_quantize wrote `target`."""
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.nthread, params.ftype = 1, int(preset(name).file_type)
+    return llama_cpp.llama_model_quantize(bytes(source), bytes(target), ctypes.byref(params)) == 0
+
+
+@pytest.mark.parametrize("label", CASES)
+def test_one_pass_equals_an_intermediate_file_and_llama_model_quantize(label: str, family, tmp_path: Path):
+    case = CASES[label]
+    models = family(case.kind, case.dtype, **case.config)
+    recipe = dict(case.recipe)
+    shares = [{"weight": share} for share in recipe.pop("weights", ())] or [{}] * case.n
+    experts = [{"source": models.experts[i % 3]} | share for i, share in enumerate(shares)]
+    intermediate = build_mix(tmp_path / "mix.gguf", models.base, experts, quant=case.intermediate, **recipe)
+    for name in preset_names():
+        direct, oracle = tmp_path / f"direct-{name}.gguf", tmp_path / f"oracle-{name}.gguf"
+        try:
+            build_mix(direct, models.base, experts, quant=name, **recipe)
+        except UserError:
+            assert not llama_quantise(intermediate, oracle, name), f"{name}: llama.cpp can, we cannot"
+            assert not direct.exists()
+            continue
+        assert llama_quantise(intermediate, oracle, name), f"{name}: we can, llama.cpp cannot"
+        assert_same_tensors(direct, oracle, name)
+        assert read_metadata(direct, "general.file_type") == read_metadata(oracle, "general.file_type"), name
+
+
+def assert_same_tensors(direct: Path, oracle: Path, name: str) -> None:
+    """llama.cpp writes no trailing dimensions of 1 (in its order), hence `squeeze`."""
+    ours, theirs = read_tensors(direct), read_tensors(oracle)
+    assert {key: tensor.type for key, tensor in ours.items()} == {key: tensor.type for key, tensor in theirs.items()}
+    for key, tensor in ours.items():
+        assert tensor.data == theirs[key].data, f"{name}: {key} as {tensor.type.name} has other bytes"
+        assert squeeze(tensor.shape) == squeeze(theirs[key].shape), f"{name}: {key}"
+
+
+def squeeze(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(length for length in shape if length > 1)
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_presets_that_need_an_imatrix_are_refused_and_no_others(name: str, family, tmp_path: Path):
+    models = family("llama3_like")
+    recipe = make_recipe(tmp_path / "mix.gguf", models.base, models.experts, quant=name)
+    if name not in NEEDS_IMATRIX:
+        assert plan_build(recipe).bits_per_weight < 33
+        return
+    with pytest.raises(UserError, match="imatrix|importance matrix"):
+        plan_build(recipe)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_cases_reach_the_fallbacks_and_the_rules_for_8_experts(family, tmp_path: Path):
+    """Otherwise the oracle would agree for want of anything to disagree on."""
+    odd, many = family("mistral_like", "f16", **ODD), family("tied", "f16", **SMALL)
+    three = read_tensors(build_mix(tmp_path / "3.gguf", odd.base, odd.experts, quant="Q4_K_M"))
+    eight = read_tensors(build_mix(tmp_path / "8.gguf", many.base, (many.experts * 3)[:8], quant="Q4_K_M"))
+    assert three["blk.0.ffn_up_exps.weight"].type is Type.Q5_0  # Q4_K in rows of 128
+    assert three["blk.0.attn_output.weight"].type is Type.Q4_K
+    assert eight["blk.0.attn_k.weight"].type is Type.Q8_0
+    assert eight["blk.0.ffn_down_exps.weight"].type is Type.Q6_K
