@@ -158,7 +158,7 @@ def _overridden(table: Mapping[str, object], overrides: Mapping[str, object]) ->
 
 
 def _on_top(new: Mapping[str, object], old: Mapping[str, object]) -> dict[str, object]:
-    """Table `new` over table `old`, tables inside likewise. The keys of `new` come first: of patterns the first counts."""
+    """Table `new` over table `old`, tables inside likewise. Keys of `new` come first: of patterns the first counts."""
     merged = dict(new)
     for key, value in old.items():
         if key not in merged:
@@ -267,7 +267,8 @@ class _Checker:
 
     def router(self, value: object, always_on: object, experts: tuple[ExpertSpec, ...]) -> RouterSpec:
         table = value if isinstance(value, dict) else {"mode": value}
-        mode = self.choice("router.mode" if isinstance(value, dict) else "router", table.get("mode", _MISSING), RouterMode)
+        key = "router.mode" if isinstance(value, dict) else "router"
+        mode = self.choice(key, table.get("mode", _MISSING), RouterMode)
         if mode is None or not experts:
             return RouterSpec(RouterMode.GATELESS, 1)
         n = len(experts)

@@ -66,12 +66,16 @@ def make_recipe(output: Path, base: Path, experts: Sequence[Path | dict], **tabl
     return parse_recipe("mix", table, where="test:", folder=output.parent)
 
 
-def build_mix(output: Path, base: Path, experts: Sequence[Path | dict], *, threads: int = BUILD_THREADS, **table) -> Path:
+def build_mix(
+    output: Path, base: Path, experts: Sequence[Path | dict], *, threads: int = BUILD_THREADS, **table
+) -> Path:
     """Build a mix, F32 unless `table` says otherwise; returns its path."""
     return build_report(output, base, experts, threads=threads, **table).plan.path
 
 
-def build_report(output: Path, base: Path, experts: Sequence[Path | dict], *, threads: int = BUILD_THREADS, **table) -> Built:
+def build_report(
+    output: Path, base: Path, experts: Sequence[Path | dict], *, threads: int = BUILD_THREADS, **table
+) -> Built:
     return build(plan_build(make_recipe(output, base, experts, **table)), threads=threads)
 
 

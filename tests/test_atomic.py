@@ -15,13 +15,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Family, build_mix
 
+from conftest import Family, build_mix
 from moegguf import atomic
 from moegguf.atomic import atomic_file, remove_stale
 from moegguf.errors import UserError
 
-N_EXPERTS = 3
 STRIKE = """
 import importlib, itertools, os, sys
 from moegguf import atomic, cli
@@ -45,12 +44,12 @@ CHUNK = "moegguf.quant.ggml.is_valid"
 """Called once for every finished chunk of rows."""
 WHILE_WRITING = [(CHUNK, 0), (CHUNK, 11), (CHUNK, 30), ("os.fsync", 0)]
 AT_THE_END = [("os.replace", 0), ("os.fsync", 1)]
-SIZE_LIMIT = 1_000_000
+SIZE_LIMIT = 100_000
 
 
 @pytest.fixture(scope="module")
 def models(family) -> Family:
-    return family("llama3_like")
+    return family("tied")
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +90,7 @@ def test_a_kill_while_writing_leaves_nothing_behind(point, models: Family, tmp_p
 
 
 @pytest.mark.parametrize("nameless", [True, False], ids=["nameless", "named"])
-@pytest.mark.parametrize("point", [*WHILE_WRITING[1:], *AT_THE_END], ids=str)
+@pytest.mark.parametrize("point", [*WHILE_WRITING[2:], *AT_THE_END], ids=str)
 def test_after_a_kill_the_target_is_whole_or_absent_and_the_next_build_cleans_up(
     point, nameless: bool, models: Family, finished: bytes, tmp_path: Path
 ):
@@ -115,8 +114,9 @@ def test_the_named_way_writes_the_same_file(models: Family, finished: bytes, tmp
     assert names(tmp_path) == ["mix.gguf"]
 
 
-@pytest.mark.parametrize("nameless", [True, False], ids=["nameless", "named"])
-@pytest.mark.parametrize("point", [(CHUNK, 11), ("os.fsync", 0)], ids=str)
+@pytest.mark.parametrize(
+    ("point", "nameless"), [((CHUNK, 11), True), ((CHUNK, 11), False), (("os.fsync", 0), False)], ids=str
+)
 def test_an_interrupt_leaves_nothing_behind_and_exits_with_130(point, nameless: bool, models: Family, tmp_path: Path):
     stopped = strike(signal.SIGINT, point, command(models, tmp_path / "mix.gguf"), nameless=nameless)
     assert stopped.returncode == 130

@@ -6,10 +6,10 @@ import hashlib
 from pathlib import Path
 
 import pytest
-from conftest import build_dense, read_tensors
-from converter_fixtures import MODELS, OUTTYPES, ConvertedTensor, converter_fixture, stored, write_source
 from gguf import GGUFValue
 
+from conftest import build_dense, read_tensors
+from converter_fixtures import MODELS, OUTTYPES, ConvertedTensor, converter_fixture, stored, write_source
 from moegguf.gguf_header import read_header
 
 
@@ -21,7 +21,9 @@ def source(tmp_path_factory):
 
 @pytest.mark.parametrize("outtype", OUTTYPES)
 @pytest.mark.parametrize("model", MODELS)
-def test_one_expert_has_the_tensors_and_keys_that_the_converter_writes(model: str, outtype: str, source, tmp_path: Path):
+def test_one_expert_has_the_tensors_and_keys_that_the_converter_writes(
+    model: str, outtype: str, source, tmp_path: Path
+):
     expected = converter_fixture(model, outtype)
     path = build_dense(tmp_path / "mix.gguf", source(model), quant=outtype.upper())
     tensors = {

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import KINDS, build_mix
 from gguf import GGUFReader, GGUFValueType, GGUFWriter
 
+from conftest import KINDS, build_mix
 from moegguf.errors import UserError
 from moegguf.gguf_header import is_gguf, read_header
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from conftest import CLOSE, KINDS, build_dense, build_mix, distance, logits, read_tensors
 from gguf import GGMLQuantizationType as Type
+
+from conftest import CLOSE, KINDS, build_dense, build_mix, distance, logits, read_tensors
 
 FAR = 0.05
 """Experts differ by more than this."""
@@ -109,7 +110,9 @@ def test_the_order_of_the_experts_does_not_matter(layout: str, family, tmp_path:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("chosen", [0, 1, 2])
-def test_an_expert_with_nearly_all_the_weight_is_nearly_alone(layout: str, chosen: int, family, dense_logits, tmp_path: Path):
+def test_an_expert_with_nearly_all_the_weight_is_nearly_alone(
+    layout: str, chosen: int, family, dense_logits, tmp_path: Path
+):
     models = family("mistral_like")
     weights = [1 - 2e-6 if i == chosen else 1e-6 for i in range(3)]
     mix = build_mix(tmp_path / "mix.gguf", models.base, weighted(models.experts, weights), layout=layout)

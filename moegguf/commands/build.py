@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from moegguf.build import Built, Plan, build, plan_build, usable_cores
 from moegguf.errors import UserError
@@ -182,7 +182,8 @@ def _number(flag: str, text: str) -> float:
 
 def _plan_table(plan: Plan) -> Table:
     recipe, mix = plan.recipe, plan.mix
-    table = Table(title=f"mix {recipe.name}", show_header=False, title_justify="left", box=None, pad_edge=False)
+    columns = Column(no_wrap=True), Column(overflow="fold")
+    table = Table(*columns, title=f"mix {recipe.name}", title_justify="left", show_header=False, box=None, pad_edge=False)
     table.add_row("base", mix.base.label)
     for expert in mix.experts:
         share = f"  weight {expert.weight:.3g}" if recipe.router.mode is RouterMode.GATELESS else ""

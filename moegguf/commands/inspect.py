@@ -11,7 +11,7 @@ from pathlib import Path
 from gguf import LlamaFileType
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
+from rich.table import Column, Table
 
 from moegguf.errors import one_line
 from moegguf.inspection import Inspection, check, inspect
@@ -49,7 +49,7 @@ def _check_with_progress(found: Inspection) -> list[str]:
 
 
 def _print(console: Console, found: Inspection, faults: list[str] | None) -> None:
-    facts = Table(show_header=False, box=None, pad_edge=False)
+    facts = Table(Column(no_wrap=True), Column(overflow="fold"), show_header=False, box=None, pad_edge=False)
     for name, value in _facts(found):
         facts.add_row(name, one_line(value))
     console.print(facts)
@@ -60,7 +60,9 @@ def _print(console: Console, found: Inspection, faults: list[str] | None) -> Non
         return
     for fault in faults:
         console.print(f"fault: {one_line(fault)}", highlight=False, soft_wrap=True)
-    console.print("check: sound" if not faults else f"check: {len(faults)} fault{'s' * (len(faults) > 1)}", highlight=False)
+    console.print(
+        "check: sound" if not faults else f"check: {len(faults)} fault{'s' * (len(faults) > 1)}", highlight=False
+    )
 
 
 def _facts(found: Inspection) -> list[tuple[str, str]]:
@@ -103,7 +105,7 @@ def _file_type(found: Inspection) -> str:
 
 
 def _expert_table(found: Inspection) -> Table:
-    table = Table("expert", "source", "weight", "quant", box=None, pad_edge=False)
+    table = Table("expert", Column("source", overflow="fold"), "weight", "quant", box=None, pad_edge=False)
     for expert in found.card.experts:
         weight = f"{expert.weight:.4g}" if found.card.is_gateless else "by router"
         table.add_row(*map(one_line, (expert.name, expert.source, weight, expert.quant)))

@@ -229,11 +229,10 @@ def scale_rows(type: Type, rows: np.ndarray, factor: float) -> np.ndarray | None
     small as 0.005 and factors ≤ 1/4.
     """
     rows = np.ascontiguousarray(rows)
-    if type is Type.F32:
-        return (rows.view(np.float32) * np.float32(factor)).view(np.uint8)
-    if type is Type.BF16:
-        n_cols = rows.shape[1] // 2
-        return quantise(type, dequantise(type, rows, n_cols) * np.float32(factor))
+    if type in (Type.F32, Type.BF16):
+        n_cols = rows.shape[1] // GGML_QUANT_SIZES[type][1]
+        with np.errstate(over="ignore"):  # an Inf is for the caller to find, with `is_valid`
+            return quantise(type, dequantise(type, rows, n_cols) * np.float32(factor))
     out = rows.copy()
     blocks = _blocks(type, out)
     if type in _F16_SCALES:
