@@ -109,4 +109,4 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _unwritable(target: Path, error: OSError) -> UserError:
-    return UserError(f"{target}: cannot be written ({error.strerror})", "check the folder, its permissions and its space")
+    return UserError(f"{target}: cannot be written ({error.strerror})", "check the folder's permissions and its space")

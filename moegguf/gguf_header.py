@@ -15,6 +15,7 @@ import re
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 
@@ -266,6 +267,6 @@ def _placed(cursor: _Cursor, info: TensorInfo, start: int) -> TensorInfo:
 
 def _check_overlaps(cursor: _Cursor, tensors) -> None:
     ordered = sorted(tensors, key=lambda info: info.offset)
-    for first, second in zip(ordered, ordered[1:], strict=False):
+    for first, second in pairwise(ordered):
         if first.offset + first.nbytes > second.offset:
             raise cursor.corrupt(f"tensors {first.name!r} and {second.name!r} overlap")

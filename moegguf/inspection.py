@@ -24,7 +24,17 @@ from moegguf.quant import ggml
 from moegguf.recipe import Layout, RouterMode, RouterSpec
 from moegguf.sources.blob import LocalFile
 
-GROUPS = ("embedding", "output", "attention", "norms", "router", "routed experts", "shared experts", "dense FFN", "other")
+GROUPS = (
+    "embedding",
+    "output",
+    "attention",
+    "norms",
+    "router",
+    "routed experts",
+    "shared experts",
+    "dense FFN",
+    "other",
+)
 CHUNK_BYTES = 4 << 20
 
 

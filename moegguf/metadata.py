@@ -79,7 +79,7 @@ class Card:
 
 
 def read_card(header: Header) -> Card | None:
-    """The card of a GGUF file, or None when it is no mix of ours. Raises UserError when its keys are damaged or newer."""
+    """The card of a GGUF file, or None when it is no mix of ours. Raises UserError for damaged or newer keys."""
     if PREFIX + "format_version" not in header.fields:
         return None
 

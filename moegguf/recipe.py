@@ -137,7 +137,9 @@ def load_recipe(name: str, path: Path, overrides: Mapping[str, object]) -> Recip
     tables = load_tables(path)
     if name not in tables:
         known = ", ".join(tables) or "none"
-        raise UserError(f"{path}: has no recipe {name!r}, only {known}", "see `moegguf recipes`, or pass --recipes FILE")
+        raise UserError(
+            f"{path}: has no recipe {name!r}, only {known}", "see `moegguf recipes`, or pass --recipes FILE"
+        )
     table = _overridden(tables[name], overrides)
     return parse_recipe(name, table, where=f"{path}: [mix.{name}]", folder=path.parent)
 
@@ -147,12 +149,12 @@ def _overridden(table: Mapping[str, object], overrides: Mapping[str, object]) ->
 
     The parameters of another router mode mean nothing, so they are dropped.
     """
-    old, new = dict(table), dict(overrides)
+    old, new = {"router": RouterMode.GATELESS, **table}, dict(overrides)
     for key, short in (("router", "mode"), ("quant", "preset")):
         for each in (old, new):
             if key in each and not isinstance(each[key], dict):
                 each[key] = {short: each[key]}
-    if "router" in old and "router" in new and old["router"].get("mode") != new["router"].get("mode"):
+    if "router" in old and "mode" in new.get("router", {}) and old["router"].get("mode") != new["router"]["mode"]:
         del old["router"]
     return _on_top(new, old)
 
@@ -174,6 +176,8 @@ def parse_recipe(name: str, table: Mapping[str, object], *, where: str, folder: 
 
 
 _MISSING = object()
+_NOISE = ("k", "std", "seed")
+"""Keys of a noisy router."""
 
 
 class _Checker:
@@ -187,7 +191,18 @@ class _Checker:
         self.faults.append(UserError(f"{self.where} {key}: found {_show(found)}, allowed {allowed}", mend))
 
     def recipe(self, name: str, table: Mapping[str, object], folder: Path) -> Recipe:
-        keys = ("base", "experts", "router", "always_on", "layout", "quant", "imatrix", "output", "description", "license")
+        keys = (
+            "base",
+            "experts",
+            "router",
+            "always_on",
+            "layout",
+            "quant",
+            "imatrix",
+            "output",
+            "description",
+            "license",
+        )
         self.known_keys("", table, keys)
         base = self.text("base", table.get("base", _MISSING), "name the model that all experts were tuned from")
         quant = self.quant(table.get("quant", DEFAULT_QUANT))
@@ -196,7 +211,8 @@ class _Checker:
         layout = self.layout(table.get("layout"), router, experts)
         output = self.text("output", table.get("output", f"{name}-{quant.preset}.gguf"), "name a .gguf file")
         texts = {
-            key: self.text(key, table.get(key, ""), "write a string", empty=True) for key in ("imatrix", "description", "license")
+            key: self.text(key, table.get(key, ""), "write a string", empty=True)
+            for key in ("imatrix", "description", "license")
         }
         if output and not output.endswith(".gguf"):
             self.fault("output", output, "a name that ends in .gguf", "Ollama and LM Studio look for that ending")
@@ -273,11 +289,15 @@ class _Checker:
             return RouterSpec(RouterMode.GATELESS, 1)
         n = len(experts)
         if mode is RouterMode.GATELESS:
-            self.known_keys("router.", table, ("mode",))
+            self.known_keys("router.", table, ("mode", *_NOISE))
+            for key in filter(table.__contains__, _NOISE):
+                self.fault(f"router.{key}", table[key], "only with mode noisy", "remove it, or choose mode noisy")
             if always_on is not None:
-                self.fault("always_on", always_on, "only a router that picks k experts", "a gate-less mix runs them all")
+                self.fault(
+                    "always_on", always_on, "only a router that picks k experts", "a gate-less mix runs them all"
+                )
             return RouterSpec(mode, n)
-        self.known_keys("router.", table, ("mode", "k", "std", "seed"))
+        self.known_keys("router.", table, ("mode", *_NOISE))
         if len({expert.weight for expert in experts}) > 1:
             weights = [expert.weight for expert in experts]
             self.fault("experts.weight", weights, "only with router gateless", "remove the weights: a router decides")
@@ -303,8 +323,10 @@ class _Checker:
         quants = list(dict.fromkeys(expert.quant for expert in experts))
         gateless = router.mode is RouterMode.GATELESS
         if len(quants) > 2 or (len(quants) == 2 and not self.one_group_per_quant(router, experts)):
-            allowed = "one for all experts" if not gateless and not router.always_on else (
-                "two different ones" if gateless else "one for the always-on expert and one for all others"
+            allowed = (
+                "one for all experts"
+                if not gateless and not router.always_on
+                else ("two different ones" if gateless else "one for the always-on expert and one for all others")
             )
             self.fault("experts.quant", quants, allowed, "a layer holds at most two precisions: raise or lower some")
         if asked is None:

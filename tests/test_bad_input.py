@@ -556,6 +556,13 @@ def test_a_split_gguf_that_holds_too_little_is_refused(tmp_path, refused):
     refused(*plan(tmp_path / "model-00001-of-00002.gguf"), says=("hold 7 tensors, expected 9",))
 
 
+def test_a_tensor_in_two_parts_of_a_split_gguf_is_named(tmp_path, refused):
+    parts = [tmp_path / f"model-0000{i}-of-00002.gguf" for i in (1, 2)]
+    for part in parts:
+        part.write_bytes(small_gguf())
+    refused(*plan(parts[0]), says=(parts[1], "token_embd.weight is in another shard too"))
+
+
 @pytest.mark.parametrize(
     "argv", [["inspect"], ["inspect", "--check"], ["build", "--base"], ["chat", "-p", "hi"]], ids=str
 )
@@ -881,6 +888,11 @@ def test_an_imatrix_that_is_none_is_refused(content, family, output, tmp_path, r
     base, path = family(KIND).base, tmp_path / "im.gguf"
     path.write_bytes(content)
     refused("build", *sources(base, base), "-o", output, "--imatrix", path, says=(path,))
+
+
+def test_a_missing_imatrix_is_named(family, output, tmp_path, refused):
+    base = family(KIND).base
+    refused("build", *sources(base, base), "-o", output, "--imatrix", tmp_path / "absent", says=(tmp_path / "absent",))
 
 
 def change_tokenizer(model: Path, change: Callable[[dict], None]) -> None:

@@ -115,6 +115,8 @@ FLAGS = {
     "unknown flag of recipes": (["recipes", "demo"], "demo", "--help"),
     "no file": (["inspect"], "file", "moegguf inspect --help"),
     "k in words": (["build", "demo", "--k", "two"], "--k", "'two'"),
+    "noise without a router": (["build", "--base", "b", "--expert", "a=b", "--seed", "3"], "router.mode", "gateless, noisy"),
+    "noise for a gateless recipe": (["build", "demo", "--k", "2"], "router.k: found 2", "choose mode noisy"),
     "router of no mode": (["build", "demo", "--router", "gated"], "'gated'", "'gateless', 'noisy'"),
     "layout of no name": (["build", "demo", "--layout", "dense"], "'dense'", "'mixtral', 'fused', 'shared', 'auto'"),
     "nothing to build": (["build"], "nothing to build", "--base and --expert"),
@@ -150,9 +152,9 @@ FLAGS = {
     "very many threads": (["build", "demo", "--threads", "100000"], "--threads 100000", "1 to 512"),
     "output of another kind": (["build", "--base", "b", "--expert", "a=./a", "-o", "mix.bin"], "'mix.bin'", ".gguf"),
     "unknown recipe": (["build", "demon"], "has no recipe 'demon', only demo", "moegguf recipes"),
-    "std that is NaN": (["build", "demo", "--std", "nan"], "router.std: found nan", "1e-06"),
-    "seed below zero": (["build", "demo", "--seed", "-1"], "router.seed: found -1", "0 to 4294967295"),
-    "k past the experts": (["build", "demo", "--k", "9"], "router.k: found 9", "1 to 4"),
+    "std that is NaN": (["build", "demo", "--router", "noisy", "--std", "nan"], "router.std: found nan", "1e-06"),
+    "seed below zero": (["build", "demo", "--router", "noisy", "--seed", "-1"], "router.seed: found -1", "0 to 4294967295"),
+    "k past the experts": (["build", "demo", "--router", "noisy", "--k", "9"], "router.k: found 9", "1 to 4"),
     "always on without a router": (["build", "demo", "--always-on", "math"], "always_on: found 'math'", "gate-less"),
     "no prompt": (["chat", "absent.gguf", "--prompt", ""], "prompt is empty", "--prompt"),
     "no such file to inspect": (["inspect", "absent.gguf"], "absent.gguf: cannot be read", "check the path"),
@@ -178,6 +180,8 @@ def test_several_mistakes_are_a_line_each(capsys):
         "Q9",
         "--layout",
         "fused",
+        "--router",
+        "noisy",
         "--k",
         "3",
         "-o",
@@ -277,11 +281,6 @@ def test_every_flag_of_the_mix_arrives(build):
     card = card_of(build(*flags))
     assert (card.router, card.k, card.std, card.seed, card.always_on) == ("noisy", 2, 0.5, 9, "y")
     assert (card.layout, card.quant) == ("shared", "Q8_0")
-
-
-def test_a_flag_of_noise_is_enough_for_a_noisy_router(build):
-    card = card_of(build("--seed", "3"))
-    assert (card.router, card.k, card.seed) == ("noisy", 2, 3)
 
 
 def test_weights_are_shares_by_name(build):

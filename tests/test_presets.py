@@ -144,14 +144,6 @@ WITHOUT_IMATRIX = ("dense", "2 experts, tied", "granitemoe, 1 routed", "rows of 
 """Models that are also quantised without an imatrix; it matters to few rules."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def silence():
-    callback = llama_cpp.llama_log_callback(lambda level, text, data: None)
-    llama_cpp.llama_log_set(callback, None)
-    yield
-    llama_cpp.llama_log_set(ctypes.cast(None, llama_cpp.llama_log_callback), None)
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("presets")

@@ -132,7 +132,7 @@ FAULTS = {
         "1",
         "name, source, weight, quant",
     ),
-    "unknown key of gateless": ({"router": {"mode": "gateless", "k": 2}}, "router.k", "2", "only the keys mode"),
+    "unknown key of gateless": ({"router": {"mode": "gateless", "k": 2}}, "router.k", "2", "only with mode noisy"),
     "unknown key of noisy": ({"router": NOISY | {"sdt": 1}}, "router.sdt", "1", "mode, k, std, seed"),
     "unknown key of quant": (
         {"quant": {"ffn": "Q8_0"}},

@@ -33,8 +33,10 @@ STREAMING_THREADS = 16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", nargs="?", help="name of a [mix.NAME] in the recipes file; or use --base and --expert")
-    parser.add_argument("--recipes", type=Path, metavar="FILE", help="recipes file (default: the models.toml of moegguf)")
+    parser.add_argument(
+        "recipe", nargs="?", help="name of a [mix.NAME] in the recipes file; or use --base and --expert"
+    )
+    parser.add_argument("--recipes", type=Path, metavar="FILE", help="recipes file (default: moegguf's models.toml)")
     mix = parser.add_argument_group("the mix (each flag overrides the recipe's key)")
     mix.add_argument("--base", metavar="SOURCE", help="model that gives everything but the experts' FFNs")
     mix.add_argument(
@@ -55,10 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     mix.add_argument(
         "--layout",
         choices=[*map(str, Layout), "auto"],
-        help="how it is stored (default: mixtral; shared where there are two precisions); auto: the fastest that is exact",
+        help="how it is stored (default: mixtral, or shared for two precisions); auto: the fastest that is exact",
     )
     output = parser.add_argument_group("the file")
-    output.add_argument("--quant", metavar="PRESET", help="preset of llama.cpp, such as Q4_K_M, Q8_0, F16 (default: Q4_K_M)")
+    output.add_argument(
+        "--quant", metavar="PRESET", help="preset of llama.cpp, such as Q4_K_M, Q8_0, F16 (default: Q4_K_M)"
+    )
     output.add_argument(
         "--quant-role", action="append", default=[], metavar="ROLE=TYPE", help="type of embed, output, attn or experts"
     )
@@ -71,9 +75,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument("-o", "--output", metavar="FILE", help="file to write (default: NAME-QUANT.gguf here)")
     output.add_argument("--force", action="store_true", help="replace the output file if it exists")
     how = parser.add_argument_group("how")
-    how.add_argument("--dry-run", action="store_true", help="show the plan and its sizes; read no weights, write nothing")
-    how.add_argument("--stream", action="store_true", help="read Hub models by range; keep nothing of them on this disk")
-    how.add_argument("--pre", metavar="NAME", help="llama.cpp's name of the BPE pre-tokenizer, where it is not recognised")
+    how.add_argument(
+        "--dry-run", action="store_true", help="show the plan and its sizes; read no weights, write nothing"
+    )
+    how.add_argument(
+        "--stream", action="store_true", help="read Hub models by range; keep nothing of them on this disk"
+    )
+    how.add_argument(
+        "--pre", metavar="NAME", help="llama.cpp's name of the BPE pre-tokenizer, where it is not recognised"
+    )
     how.add_argument("--threads", type=int, metavar="N", help="threads that quantise (default: all usable cores)")
 
 
@@ -143,11 +153,9 @@ def _experts(args: argparse.Namespace) -> list[dict] | None:
     ]
 
 
-def _router(args: argparse.Namespace) -> dict | str | None:
-    noise = {key: getattr(args, key) for key in ("k", "std", "seed") if getattr(args, key) is not None}
-    if args.router is None and not noise:
-        return None
-    return {"mode": args.router or RouterMode.NOISY, **noise}
+def _router(args: argparse.Namespace) -> dict | None:
+    keys = {"mode": args.router, "k": args.k, "std": args.std, "seed": args.seed}
+    return {key: value for key, value in keys.items() if value is not None} or None
 
 
 def _quant(args: argparse.Namespace) -> dict | str | None:
@@ -183,7 +191,9 @@ def _number(flag: str, text: str) -> float:
 def _plan_table(plan: Plan) -> Table:
     recipe, mix = plan.recipe, plan.mix
     columns = Column(no_wrap=True), Column(overflow="fold")
-    table = Table(*columns, title=f"mix {recipe.name}", title_justify="left", show_header=False, box=None, pad_edge=False)
+    table = Table(
+        *columns, title=f"mix {recipe.name}", title_justify="left", show_header=False, box=None, pad_edge=False
+    )
     table.add_row("base", mix.base.label)
     for expert in mix.experts:
         share = f"  weight {expert.weight:.3g}" if recipe.router.mode is RouterMode.GATELESS else ""
@@ -201,7 +211,8 @@ def _plan_table(plan: Plan) -> Table:
 def _describe_router(recipe: Recipe) -> str:
     router, n = recipe.router, len(recipe.experts)
     if router.mode is RouterMode.GATELESS:
-        return f"gateless: the mean of {n} experts, all run for every token"
+        weighted = "weighted " * (len({expert.weight for expert in recipe.experts}) > 1)
+        return f"gateless: the {weighted}mean of {n} experts, all run for every token"
     always = f", {router.always_on} always on" if router.always_on else ""
     return f"noisy: {router.k} of {n} experts{always}, std {router.std:g}, seed {router.seed}"
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -77,8 +76,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Chat, or answer one prompt. Raises UserError; KeyboardInterrupt leaves through it where no chat is going on."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows ?
     prompt = _prompt(args.prompt)
     options = _run_options(args)
     _warn_without_gpu(options)

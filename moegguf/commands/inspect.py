@@ -89,7 +89,8 @@ def _describe_router(found: Inspection) -> str:
     card = found.card
     n = len(card.experts)
     if card.is_gateless:
-        return f"gateless: the mean of {n} experts"
+        weighted = "weighted " * (len({expert.weight for expert in card.experts}) > 1)
+        return f"gateless: the {weighted}mean of {n} experts"
     always = f", {card.always_on} always on" if card.always_on else ""
     noise = "" if card.std is None else f", std {card.std:.6g}, seed {card.seed}"
     return f"{card.router}: {card.k} of {n} experts{always}{noise}"

@@ -22,7 +22,7 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--recipes", type=Path, metavar="FILE", help="recipes file (default: the models.toml of moegguf)")
+    parser.add_argument("--recipes", type=Path, metavar="FILE", help="recipes file (default: moegguf's models.toml)")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 

@@ -35,7 +35,7 @@ class Imatrix:
 def read_imatrix(path: Path) -> Imatrix:
     """Read an importance matrix. Raises UserError when the file is none, or is damaged."""
     if path.is_file() and not is_gguf(path):
-        raise UserError(f"{path}: is no imatrix in GGUF format", "make it with a current llama-imatrix (.gguf, not .dat)")
+        raise UserError(f"{path}: is no imatrix in GGUF format", "make it with a current llama-imatrix (no .dat)")
     header = read_header(path)
     blob = LocalFile(path)
     names = [name.removesuffix(SUMS) for name in header.tensors if name.endswith(SUMS)]

@@ -18,8 +18,8 @@ from moegguf.quant import ggml
 from moegguf.tensor import FLOAT_TYPES, Part, Planned, Tensor
 
 LARGEST_QUANTISED = 1e12
-"""No block scale reaches weights this large; from 1e18 on their squares overflow in ggml's searches, which then abort the
-process (IQ2, IQ3) or store noise (Q3_K, IQ4_XS)."""
+"""No block scale reaches weights this large; from 1e18 on their squares overflow in ggml's searches, which then abort
+the process (IQ2, IQ3) or store noise (Q3_K, IQ4_XS)."""
 COUNT_WEIGHTS = 1 << 20
 """Weights that are looked at in one go to count the broken ones."""
 

@@ -26,7 +26,7 @@ class OpenOptions:
     """How to open a source: `stream` reads Hub tensors by range instead of downloading files; `pre` overrides
     the BPE pre-tokenizer; `folder` is what paths are relative to."""
 
-    folder: Path = Path(".")
+    folder: Path = Path()
     stream: bool = False
     pre: str | None = None
 

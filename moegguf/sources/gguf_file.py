@@ -85,4 +85,3 @@ def _tensor(blob: Blob, info: TensorInfo) -> Tensor:
         return blob.read(info.offset + start * row, (stop - start) * row).reshape(stop - start, row)
 
     return Tensor(info.name, info.shape, info.type, read_rows, f"{blob.name}: {info.name}")
-

@@ -11,6 +11,7 @@ import json
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 
 import numpy as np
@@ -65,7 +66,7 @@ def read_entries(blob: Blob) -> Mapping[str, Entry]:
         name: _checked_entry(blob, name, info, data_start) for name, info in header.items() if name != "__metadata__"
     }
     ordered = sorted(entries.values(), key=lambda entry: entry.start)
-    for first, second in zip(ordered, ordered[1:], strict=False):
+    for first, second in pairwise(ordered):
         if first.start + first.nbytes > second.start:
             raise _corrupt(blob, f"tensors {first.name} and {second.name} overlap")
     return entries
