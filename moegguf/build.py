@@ -16,17 +16,16 @@ from pathlib import Path
 from gguf import GGML_QUANT_VERSION, GGUFValue, GGUFValueType, size_label
 
 from moegguf import __version__
+from moegguf.assign import assign_types
 from moegguf.errors import UserError
 from moegguf.layouts import lay_out
-from moegguf.layouts.form import Form
 from moegguf.metadata import Card, ExpertCard
 from moegguf.mix import Mix, make_mix
-from moegguf.quant.assign import assign_types
 from moegguf.quant.imatrix import Imatrix, read_imatrix, with_importance
 from moegguf.quant.presets import preset
 from moegguf.recipe import Recipe, RouterMode
 from moegguf.sources import OpenOptions, open_source
-from moegguf.tensor import Metadata, Planned
+from moegguf.tensor import Form, Metadata, Planned
 from moegguf.writer import Requantised, data_bytes, header_bytes, write_gguf
 
 TAGS = ("moe", "merge", "moegguf")
@@ -177,8 +176,8 @@ def _parent(label: str) -> dict[str, str]:
 
 def _size_label(form: Form, mix: Mix) -> str:
     """ "4x7B" and the like, as gguf makes it from the weights outside and inside the experts."""
-    expert = sum(slot.n_weights for slot in form.slots if slot.name in form.groups) // len(mix.experts)
-    rest = sum(slot.n_weights for slot in form.slots if slot.name not in form.groups)
+    expert = sum(slot.n_weights for slot in form.slots if slot.preset) // len(mix.experts)
+    rest = sum(slot.n_weights for slot in form.slots if not slot.preset)
     return size_label(rest + expert * len(mix.experts), rest, expert, len(mix.experts))
 
 

@@ -130,6 +130,8 @@ class Slot:
     name: str
     shape: tuple[int, ...]
     bands: tuple[tuple[Part, ...], ...]
+    preset: str | None = None
+    """Quantisation preset of the experts inside; None for tensors of the trunk."""
 
     @property
     def n_cols(self) -> int:
@@ -142,6 +144,15 @@ class Slot:
     @property
     def parts(self) -> tuple[Part, ...]:
         return tuple(part for band in self.bands for part in band)
+
+
+@dataclass(frozen=True)
+class Form:
+    """An output file without types: what a layout makes of a mix. `metadata` holds the architecture's keys."""
+
+    arch: str
+    metadata: Metadata
+    slots: tuple[Slot, ...]
 
 
 @dataclass(frozen=True)

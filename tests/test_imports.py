@@ -16,7 +16,7 @@ import moegguf
 
 PACKAGE = Path(moegguf.__file__).parent
 BUILD_SIDE = (
-    "build", "demo", "estimate", "families", "inspection", "layouts", "mix", "quant", "recipe", "routers", "sources",
+    "assign", "build", "demo", "estimate", "families", "inspection", "layouts", "mix", "quant", "recipe", "routers", "sources",
     "tensor", "writer",
 )  # fmt: skip
 RUNTIME = ("runtime",)

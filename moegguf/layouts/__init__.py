@@ -12,9 +12,9 @@ they differ in speed, in what a file can hold and in what can be edited later.
 from __future__ import annotations
 
 from moegguf.layouts import fused, mixtral, shared
-from moegguf.layouts.form import Form
 from moegguf.mix import Mix
 from moegguf.recipe import Layout
+from moegguf.tensor import Form
 
 _LAYOUTS = {Layout.MIXTRAL: mixtral.lay_out, Layout.FUSED: fused.lay_out, Layout.SHARED: shared.lay_out}
 

@@ -1,4 +1,4 @@
-"""What layouts share: the form of an output file, and the two ways to put expert tensors together.
+"""What layouts share: the two ways to put expert tensors together.
 
 Shapes, numpy order: gate and up are (n_ff, n_embd), down is (n_embd, n_ff).
 stack  → (n_expert, rows, cols), the experts one below the other
@@ -7,8 +7,7 @@ fuse   → gate and up (Σ n_ff, n_embd) below each other; down (n_embd, Σ n_ff
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFValue, GGUFValueType
@@ -17,18 +16,6 @@ from moegguf.families import TensorName
 from moegguf.mix import Expert, Mix
 from moegguf.quant import ggml
 from moegguf.tensor import Metadata, Part, Slot, Tensor
-
-
-@dataclass(frozen=True)
-class Form:
-    """`metadata` holds the architecture's keys; `groups` says which expert group (or "trunk") a slot belongs to."""
-
-    arch: str
-    metadata: Metadata
-    slots: tuple[Slot, ...]
-    groups: Mapping[str, tuple[Expert, ...]]
-    """Slot name → the experts inside it. Slots of the trunk are absent."""
-
 
 Share = tuple[Expert, float]
 """An expert and the factor that its down projection carries."""
@@ -43,7 +30,9 @@ def stack(layer: int, role: str, shares: Sequence[Share]) -> Slot:
     """blk.N.ROLE_exps: (n_expert, rows, cols). The factors go into down."""
     parts = [Part(expert.ffn(layer, role), _factor(role, factor)) for expert, factor in shares]
     shape = (len(parts), *parts[0].tensor.shape)
-    return Slot(str(TensorName(layer, f"{role}_exps", "weight")), shape, tuple((part,) for part in parts))
+    return Slot(
+        str(TensorName(layer, f"{role}_exps", "weight")), shape, tuple((part,) for part in parts), _preset(shares)
+    )
 
 
 def fuse(layer: int, role: str, name: str, shares: Sequence[Share]) -> Slot:
@@ -54,7 +43,7 @@ def fuse(layer: int, role: str, name: str, shares: Sequence[Share]) -> Slot:
         shape, bands = (rows, sum(part.tensor.n_cols for part in parts)), (parts,)
     else:
         shape, bands = (sum(part.tensor.n_rows for part in parts), cols), tuple((part,) for part in parts)
-    return Slot(str(TensorName(layer, name, "weight")), shape, bands)
+    return Slot(str(TensorName(layer, name, "weight")), shape, bands, _preset(shares))
 
 
 def fuse_bias(layer: int, role: str, shares: Sequence[Share]) -> Slot:
@@ -65,7 +54,12 @@ def fuse_bias(layer: int, role: str, shares: Sequence[Share]) -> Slot:
         parts = (Part(_weighted_sum(name, tensors, [factor for _, factor in shares])),)
     else:
         parts = tuple(map(Part, tensors))
-    return Slot(name, (sum(part.tensor.n_cols for part in parts),), (parts,))
+    return Slot(name, (sum(part.tensor.n_cols for part in parts),), (parts,), _preset(shares))
+
+
+def _preset(shares: Sequence[Share]) -> str:
+    """Experts of one group share a preset: the recipe made sure of it."""
+    return shares[0][0].spec.quant
 
 
 def _factor(role: str, factor: float) -> float:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from gguf import GGUFValue
 
-from moegguf.layouts.form import Form, architecture_metadata, assemble, fuse, fuse_bias
+from moegguf.layouts.form import architecture_metadata, assemble, fuse, fuse_bias
 from moegguf.mix import FFN_ROLES, Mix
-from moegguf.tensor import Slot
+from moegguf.tensor import Form, Slot
 
 
 def lay_out(mix: Mix) -> Form:
@@ -26,9 +26,7 @@ def lay_out(mix: Mix) -> Form:
             slots += [fuse_bias(layer, role, shares) for role in FFN_ROLES]
         return slots
 
-    slots = assemble(mix, ffn_slots)
-    groups = {slot.name: mix.experts for slot in slots if ".ffn_" in slot.name and ".ffn_norm" not in slot.name}
-    return Form(mix.base.arch, metadata, slots, groups)
+    return Form(mix.base.arch, metadata, assemble(mix, ffn_slots))
 
 
 def _times(value: GGUFValue, n: int) -> GGUFValue:

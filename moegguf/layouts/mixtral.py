@@ -7,10 +7,10 @@ Gate-less is a zero router with k = N: every p_e is exactly 1/N. Given weights a
 from __future__ import annotations
 
 from moegguf import routers
-from moegguf.layouts.form import Form, architecture_metadata, assemble, stack, u32
+from moegguf.layouts.form import architecture_metadata, assemble, stack, u32
 from moegguf.mix import FFN_ROLES, Mix
 from moegguf.recipe import RouterMode
-from moegguf.tensor import Part, Slot, constant
+from moegguf.tensor import Form, Part, Slot, constant
 
 
 def lay_out(mix: Mix) -> Form:
@@ -25,9 +25,7 @@ def lay_out(mix: Mix) -> Form:
     def ffn_slots(layer: int) -> list[Slot]:
         return [router_slot(mix, layer, n), *(stack(layer, role, shares) for role in FFN_ROLES)]
 
-    slots = assemble(mix, ffn_slots)
-    groups = {slot.name: mix.experts for slot in slots if "_exps." in slot.name}
-    return Form(mix.base.arch, metadata, slots, groups)
+    return Form(mix.base.arch, metadata, assemble(mix, ffn_slots))
 
 
 def router_slot(mix: Mix, layer: int, n_expert: int) -> Slot:

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 from gguf import GGUFValue, GGUFValueType
 
-from moegguf.layouts.form import Form, Share, architecture_metadata, assemble, fuse, stack, u32
+from moegguf.layouts.form import Share, architecture_metadata, assemble, fuse, stack, u32
 from moegguf.layouts.mixtral import router_slot
-from moegguf.mix import FFN_ROLES, Expert, Mix
+from moegguf.mix import FFN_ROLES, Mix
 from moegguf.quant.presets import preset_names
 from moegguf.recipe import RouterMode
-from moegguf.tensor import Metadata, Slot
+from moegguf.tensor import Form, Metadata, Slot
 
 ARCH = "granitemoe"
 
@@ -34,10 +34,7 @@ def lay_out(mix: Mix) -> Form:
             slots += [fuse(layer, role, f"{role}_shexp", shared) for role in FFN_ROLES]
         return slots
 
-    slots = assemble(mix, ffn_slots)
-    groups = {slot.name: _experts(shared) for slot in slots if "_shexp." in slot.name}
-    groups |= {slot.name: _experts(routed) for slot in slots if "_exps." in slot.name}
-    return Form(ARCH, metadata, slots, groups)
+    return Form(ARCH, metadata, assemble(mix, ffn_slots))
 
 
 def _groups(mix: Mix) -> tuple[list[Share], list[Share], int]:
@@ -54,10 +51,6 @@ def _groups(mix: Mix) -> tuple[list[Share], list[Share], int]:
     in_routed = [expert for expert in mix.experts if expert not in in_shared]
     size = len(in_routed)
     return [(e, e.weight) for e in in_shared], [(e, size * e.weight) for e in in_routed], size
-
-
-def _experts(shares: list[Share]) -> tuple[Expert, ...]:
-    return tuple(expert for expert, _ in shares)
 
 
 def _metadata(mix: Mix, n_shared: int, n_routed: int, k: int) -> Metadata:

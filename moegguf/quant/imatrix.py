@@ -16,9 +16,8 @@ import numpy as np
 
 from moegguf.errors import UserError
 from moegguf.gguf_header import Header, is_gguf, read_header
-from moegguf.layouts.form import Form
 from moegguf.sources.blob import LocalFile
-from moegguf.tensor import Part, Slot
+from moegguf.tensor import Form, Part, Slot
 
 SUMS, COUNTS = ".in_sum2", ".counts"
 

@@ -12,25 +12,24 @@ import re
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from moegguf.errors import UserError
-from moegguf.layouts.form import Form
 from moegguf.quant import ggml
 from moegguf.quant.presets import ModelFacts, preset, requires_imatrix, tensor_types
 from moegguf.recipe import QuantSpec, Role
-from moegguf.tensor import Planned, Slot
+from moegguf.tensor import Form, Planned, Slot
 
 
 def assign_types(form: Form, quant: QuantSpec, *, has_imatrix: bool) -> list[Planned]:
     """Give every slot its type. Raises UserError, with all faults, when a type cannot be had."""
     shapes = {slot.name: slot.shape for slot in form.slots}
     facts = _facts(form)
-    presets = {quant.preset} | {_group_preset(form, slot, quant) for slot in form.slots}
+    presets = {quant.preset} | {slot.preset for slot in form.slots if slot.preset}
     by_preset = {name: tensor_types(preset(name), shapes, facts, has_imatrix=has_imatrix) for name in sorted(presets)}
     tied = "output.weight" not in shapes
     planned, faults, unimportant = [], [], []
     for slot in form.slots:
-        name = _group_preset(form, slot, quant)
+        name = slot.preset or quant.preset
         try:
-            asked = _asked_type(slot, quant, is_expert=slot.name in form.groups, tied=tied)
+            asked = _asked_type(slot, quant, tied=tied)
         except UserError as error:
             faults.append(error)
             continue
@@ -75,19 +74,13 @@ def _facts(form: Form) -> ModelFacts:
     )
 
 
-def _group_preset(form: Form, slot: Slot, quant: QuantSpec) -> str:
-    """Experts of one group share a preset: the recipe made sure of it."""
-    experts = form.groups.get(slot.name)
-    return experts[0].spec.quant if experts else quant.preset
-
-
-def _asked_type(slot: Slot, quant: QuantSpec, *, is_expert: bool, tied: bool) -> GGMLQuantizationType | None:
+def _asked_type(slot: Slot, quant: QuantSpec, *, tied: bool) -> GGMLQuantizationType | None:
     """The type that a pattern or a role names for this slot, checked; None when neither does."""
     if len(slot.shape) < 2 or slot.name.endswith(("_norm.weight", "ffn_gate_inp.weight")):
         return None
     type = next((type for pattern, type in quant.tensors.items() if re.search(pattern, slot.name)), None)
     if type is None:
-        type = next((quant.roles[role] for role in _roles(slot, is_expert, tied) if role in quant.roles), None)
+        type = next((quant.roles[role] for role in _roles(slot, tied) if role in quant.roles), None)
     if type is None:
         return None
     block = GGML_QUANT_SIZES[type][0]
@@ -99,8 +92,8 @@ def _asked_type(slot: Slot, quant: QuantSpec, *, is_expert: bool, tied: bool) ->
     return type
 
 
-def _roles(slot: Slot, is_expert: bool, tied: bool) -> tuple[Role, ...]:
-    if is_expert:
+def _roles(slot: Slot, tied: bool) -> tuple[Role, ...]:
+    if slot.preset:
         return (Role.EXPERTS,)
     if slot.name == "token_embd.weight":
         return (Role.EMBED, Role.OUTPUT) if tied else (Role.EMBED,)
