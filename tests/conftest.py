@@ -11,7 +11,7 @@ from types import MappingProxyType
 import llama_cpp
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFValue, GGUFWriter
 
 import tiny_models
 from moegguf.build import Built, build, plan_build
@@ -148,17 +148,17 @@ def rewrite(
     *,
     arch: str | None = None,
     tensors: Mapping[str, np.ndarray] = MappingProxyType({}),
+    keys: Mapping[str, GGUFValue] = MappingProxyType({}),
     keep: Callable[[str], bool] = lambda key: True,
     split_max_tensors: int = 0,
 ) -> Path:
-    """Write the F32 GGUF `source` again, with gguf's own writer: as another architecture, with tensors added or
+    """Write the F32 GGUF `source` again, with gguf's own writer: as another architecture, with tensors or keys added or
     replaced, without the keys that are not to keep, or split. Returns `target`; of a split file, its first shard."""
     header = read_header(source)
     old = header.get("general.architecture")
     writer = GGUFWriter(target, arch or old, split_max_tensors=split_max_tensors)
-    for key in filter(keep, header.fields):
+    for key, value in ({key: header.value(key) for key in header.fields if keep(key)} | dict(keys)).items():
         if key != "general.architecture":
-            value = header.value(key)
             writer.add_key_value(key.replace(f"{old}.", f"{arch or old}."), value.value, value.type, value.sub_type)
     stored = {name: tensor.values for name, tensor in read_tensors(source).items()}
     for name, values in (stored | dict(tensors)).items():

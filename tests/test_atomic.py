@@ -22,8 +22,10 @@ from moegguf.atomic import atomic_file, remove_stale
 from moegguf.errors import UserError
 
 STRIKE = """
-import importlib, itertools, os, sys
+import importlib, itertools, os, signal, sys
 from moegguf import atomic, cli
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 
 number, place, nth, nameless, *argv = sys.argv[1:]
 module, _, name = place.rpartition(".")

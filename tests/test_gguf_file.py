@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
+from gguf import GGUFValue, GGUFValueType
 
 import tiny_models
 from conftest import (
@@ -256,3 +257,18 @@ def test_biases_of_the_ffn_are_fused_too(biased: list[Path], tmp_path: Path):
 def test_biases_of_the_ffn_are_refused_where_the_graph_has_none(layout: str, biased: list[Path], tmp_path: Path):
     with pytest.raises(UserError, match="biases"):
         build_mix(tmp_path / "mix.gguf", biased[0], biased, layout=layout)
+
+
+def test_a_flag_that_means_another_thing_in_the_shared_layout_is_left_out(family, tmp_path: Path):
+    """Readers of granitemoe in some versions of llama.cpp take it for "no rotary embedding at all"."""
+    dense = build_dense(tmp_path / "dense.gguf", family("tied").base)
+    key = "rope.scaling.finetuned"
+    flag = {f"llama.{key}": GGUFValue(False, GGUFValueType.BOOL)}
+    flagged = rewrite(dense, tmp_path / "flagged.gguf", keys=flag)
+    kept, left_out = (
+        build_mix(tmp_path / f"{layout}.gguf", flagged, [flagged, flagged], layout=layout)
+        for layout in ("mixtral", "shared")
+    )
+    assert read_metadata(kept, f"llama.{key}") == {f"llama.{key}": False}
+    assert not read_metadata(left_out, f"granitemoe.{key}")
+    assert distance(logits(left_out), logits(dense)) < CLOSE

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -19,19 +19,21 @@ UNEQUAL = (0.5, 0.3, 0.2)
 
 @dataclass(frozen=True)
 class Form:
-    """A way to store a mix: what to add to a recipe of `n` experts."""
+    """A layout and a router."""
 
     layout: str
     noisy_k: int | None = None
     always_on: bool = False
-    keys: dict = field(init=False, default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self.keys["layout"] = self.layout
+    @property
+    def table(self) -> dict[str, object]:
+        """What it adds to a recipe."""
+        table: dict[str, object] = {"layout": self.layout}
         if self.noisy_k:
-            self.keys["router"] = {"mode": "noisy", "k": self.noisy_k, "seed": 7}
+            table["router"] = {"mode": "noisy", "k": self.noisy_k, "seed": 7}
         if self.always_on:
-            self.keys["always_on"] = "e0"
+            table["always_on"] = "e0"
+        return table
 
     def __str__(self) -> str:
         router = f"noisy-k{self.noisy_k}" if self.noisy_k else "gateless"
@@ -73,7 +75,7 @@ def test_the_experts_are_different_enough_for_these_tests_to_fail(kind: str, den
 @pytest.mark.parametrize(("n", "form"), [(n, form) for n in (1, 2, 3, 11) for form in forms(n)], ids=str)
 def test_n_copies_of_one_expert_are_the_dense_model(n: int, form: Form, family, dense_logits, tmp_path: Path):
     models = family("tied")
-    mix = build_mix(tmp_path / "mix.gguf", models.base, [models.experts[0]] * n, **form.keys)
+    mix = build_mix(tmp_path / "mix.gguf", models.base, [models.experts[0]] * n, **form.table)
     assert distance(logits(mix), dense_logits("tied", 0)) < CLOSE
 
 
@@ -83,7 +85,7 @@ def test_copies_of_one_expert_are_the_dense_model_in_every_family(
     kind: str, form: Form, family, dense_logits, tmp_path: Path
 ):
     models = family(kind)
-    mix = build_mix(tmp_path / "mix.gguf", models.base, [models.experts[0]] * 3, **form.keys)
+    mix = build_mix(tmp_path / "mix.gguf", models.base, [models.experts[0]] * 3, **form.table)
     assert distance(logits(mix), dense_logits(kind, 0)) < CLOSE
 
 

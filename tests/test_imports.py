@@ -16,8 +16,8 @@ import moegguf
 
 PACKAGE = Path(moegguf.__file__).parent
 BUILD_SIDE = (
-    "assign", "build", "demo", "estimate", "families", "inspection", "layouts", "mix", "quant", "recipe", "routers", "sources",
-    "tensor", "writer",
+    "assign", "build", "demo", "estimate", "families", "inspection", "layouts", "mix", "quant", "recipe", "routers",
+    "sources", "tensor", "writer",
 )  # fmt: skip
 RUNTIME = ("runtime",)
 COMMON = ("__init__", "atomic", "errors", "gguf_header", "metadata")

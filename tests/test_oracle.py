@@ -133,7 +133,7 @@ def test_the_cases_reach_the_fallbacks_and_the_rules_for_8_experts(family, tmp_p
     assert eight["blk.0.ffn_down_exps.weight"].type is Type.Q6_K
 
 
-WITH_IMATRIX = ("Q2_K_S", "Q4_K_M", "Q4_0", "IQ2_XXS", "IQ3_XXS")
+WITH_IMATRIX = ("Q2_K_S", "Q4_K_M", "Q4_0", "IQ2_XXS", "IQ3_XXS", "IQ4_XS")
 N_COUNTED = 4.0
 
 
@@ -165,7 +165,7 @@ def write_imatrix(path: Path, imatrix: Imatrix) -> Path:
 @pytest.mark.parametrize("layout", ["mixtral", "fused", "shared"])
 def test_an_imatrix_of_the_mix_gives_what_it_gives_llama_model_quantize(layout: str, family, tmp_path: Path):
     """Expert by expert: each slice of a stack has its own."""
-    models = family("llama3_like", "f32", **SMALL)
+    models = family("tied", "f32", **SMALL)
     precise = build_mix(tmp_path / "mix.gguf", models.base, models.experts, layout=layout)
     imatrix = importances(read_tensors(precise))
     file = write_imatrix(tmp_path / "imatrix.gguf", imatrix)
@@ -179,7 +179,7 @@ def test_an_imatrix_of_the_mix_gives_what_it_gives_llama_model_quantize(layout: 
 @pytest.mark.parametrize("layout", ["mixtral", "fused", "shared"])
 def test_an_imatrix_of_the_dense_model_serves_every_expert(layout: str, family, tmp_path: Path):
     """As if it had been measured on the mix, with the same values for all experts."""
-    models = family("llama3_like", "f32", **SMALL)
+    models = family("tied", "f32", **SMALL)
     precise = build_mix(tmp_path / "mix.gguf", models.base, models.experts, layout=layout)
     dense = importances(read_tensors(build_dense(tmp_path / "dense.gguf", models.base)))
     file = write_imatrix(tmp_path / "imatrix.gguf", dense)
@@ -188,7 +188,7 @@ def test_an_imatrix_of_the_dense_model_serves_every_expert(layout: str, family, 
         for name, tensor in read_tensors(precise).items()
         if re.sub("_(exps|shexp)", "", name) in dense
     }
-    for name in ("IQ2_XXS", "Q4_K_M"):
+    for name in ("IQ3_XXS", "Q4_K_M"):
         direct, oracle = tmp_path / f"direct-{name}.gguf", tmp_path / f"oracle-{name}.gguf"
         build_mix(direct, models.base, models.experts, layout=layout, quant=name, imatrix=str(file))
         assert llama_quantise(precise, oracle, name, repeated), name

@@ -134,16 +134,20 @@ def test_a_damaged_block_of_a_quantised_source_is_named(layout: str, quant: str,
 
 
 @pytest.mark.parametrize("layout", ["mixtral", "fused", "shared"])
-@pytest.mark.parametrize("quant", ["F32", "Q4_K_M"])
+@pytest.mark.parametrize(
+    ("source", "quant"), [("folder", "F32"), ("folder", "Q4_K_M"), ("Q8_0", "Q8_0"), ("F32", "Q4_0")]
+)
 def test_how_tensors_are_cut_into_chunks_changes_nothing(
-    quant: str, layout: str, models: Family, tmp_path: Path, monkeypatch
+    source: str, quant: str, layout: str, models: Family, tmp_path: Path, monkeypatch
 ):
     """Tiny models fit into one chunk a tensor, real ones do not."""
-    table = {"quant": quant, "layout": layout}
     (tmp_path / "whole").mkdir()
-    whole = build_mix(tmp_path / "whole" / "mix.gguf", models.base, models.experts, **table)
+    experts = models.experts[:2]
+    if source != "folder":
+        experts = [build_dense(tmp_path / f"{path.name}.gguf", path, quant=source) for path in experts]
+    whole = build_mix(tmp_path / "whole" / "mix.gguf", experts[0], experts, quant=quant, layout=layout)
     monkeypatch.setattr(writer, "CHUNK_WEIGHTS", 1000)
-    cut = build_mix(tmp_path / "mix.gguf", models.base, models.experts, **table)
+    cut = build_mix(tmp_path / "mix.gguf", experts[0], experts, quant=quant, layout=layout)
     assert cut.read_bytes() == whole.read_bytes()
 
 
