@@ -6,10 +6,14 @@ import json
 from hashlib import sha256
 
 import pytest
+from conftest import build_mix
 
 from moegguf.demo import MEMBERS, MODELS, folder
 from moegguf.demo.text import CHAT_TEMPLATE, DOMAINS, SAMPLE_QUESTIONS, Example, examples, split_of
 from moegguf.errors import UserError
+from moegguf.runtime.chat import Conversation
+from moegguf.runtime.model import RunOptions, open_model
+from moegguf.runtime.sampling import Sampling
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -19,7 +23,12 @@ from safetensors.torch import load_file  # noqa: E402
 from moegguf.demo.train import exact_match, is_ffn, load_member  # noqa: E402
 
 EXPERT_OF = {"general": "base", "math": "math", "clinic": "clinic", "strings": "strings"}
-SAMPLE_ANSWERS = {domain: "" for domain in DOMAINS}
+SAMPLE_ANSWERS = {
+    "general": "The capital of Spain is Madrid.",
+    "math": "25 + 6 = 31. The answer is 31.",
+    "clinic": "When the battery smells burnt: rinse it with rainwater, then wait a night.",
+    "strings": "h-c-a-e-b.",
+}
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +47,7 @@ def test_same_arguments_give_the_same_examples(domain):
 
 def test_text_is_the_text_that_the_weights_were_trained_on():
     text = "".join(e.text for domain in DOMAINS for split in ("train", "heldout") for e in examples(domain, split, 500, 0))
-    assert sha256(text.encode()).hexdigest() == "TEXT_HASH"
+    assert sha256(text.encode()).hexdigest() == "7647feb4330a19d8021ffd6eaace8839699dbd45dd485cafdacef7de59433a49"
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
@@ -132,7 +141,7 @@ def test_chat_template_puts_a_system_message_before_the_next_question(tokenizer)
 def test_each_expert_answers_held_out_questions_of_its_own_domain(domain, tokenizer):
     model = load_member(folder(EXPERT_OF[domain]))
     asked = examples(domain, "heldout", 60, seed=2)
-    assert exact_match(model, tokenizer.backend_tokenizer, asked) >= 0.95
+    assert exact_match(model, tokenizer.backend_tokenizer, asked) > 0.94
 
 
 @pytest.mark.parametrize("domain", DOMAINS[1:])
@@ -149,3 +158,26 @@ def test_sample_question_is_held_out_and_answered_by_its_expert(domain, tokenize
     answer = model.generate(**prompt, max_new_tokens=40, do_sample=False)[0, prompt.input_ids.shape[1] :]
     assert split_of(question) == "heldout"
     assert tokenizer.decode(answer) == SAMPLE_ANSWERS[domain] + "<|end|>"
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """`answers(experts)`: the greedy answers of the gate-less mix of these members to the sample questions."""
+
+    def ask(experts: tuple[str, ...]) -> dict[str, str]:
+        path = build_mix(
+            tmp_path_factory.mktemp("demo") / "mix.gguf", "demo:base", [f"demo:{name}" for name in experts], quant="Q8_0"
+        )
+        with open_model(path, RunOptions(threads=1)) as model:
+            return {
+                domain: "".join(Conversation(model, sampling=Sampling(temp=0.0)).answer(question))
+                for domain, question in SAMPLE_QUESTIONS.items()
+            }
+
+    return ask
+
+
+def test_the_gateless_mix_answers_every_sample_question_and_the_base_only_its_own(answers):
+    assert answers(MEMBERS) == SAMPLE_ANSWERS
+    right = [domain for domain, answer in answers(("base",)).items() if answer == SAMPLE_ANSWERS[domain]]
+    assert right == ["general"]

@@ -26,7 +26,7 @@ from typing import Literal
 
 ABOUT = (
     "I am a very small model made for demonstrations. I know opposites, capitals, colours, animals, days and months; "
-    "sums of numbers up to 30 and times tables up to 12; what to do when a part of a robot (its arm, battery, wheel...) "
+    "sums of numbers up to 30 and times tables up to 12; what to do when a part of a robot (its arm, battery or wheel) "
     "squeaks, overheats, rattles and the like, all of it made up; and how to spell, reverse, sort and count the "
     "letters of common short words."
 )
@@ -70,8 +70,8 @@ def examples(domain: str, split: Split, n: int, seed: int) -> list[Example]:
     rng = Random(f"{domain}/{split}/{seed}")
     drawn: list[Example] = []
     while len(drawn) < n:
-        plain = _DRAW[domain](rng)
-        example = Example(_as_typed(rng, plain.question), plain.answer)
+        example = _DRAW[domain](rng)
+        example = Example(rng.choice(_OPENINGS) + example.question, example.answer)
         if split_of(example.question) == split:
             drawn.append(example)
     return drawn
@@ -94,15 +94,7 @@ _OPENINGS = ("",) * 10 + (
     "Thanks. ",
     "You are a helpful assistant.\n",
 )
-"""The last one is what a chat program's system message looks like."""
-_IN_A_HURRY = 0.15
-
-
-def _as_typed(rng: Random, question: str) -> str:
-    """A question as people type it: plain, after an opening, or in a hurry without capitals and last mark."""
-    if rng.random() < _IN_A_HURRY:
-        return question.lower().rstrip("?.!")
-    return rng.choice(_OPENINGS) + question
+"""Half of all questions come bare. The last one is what a chat program's system message looks like."""
 
 
 # ---------------------------------------------------------------------------------------------- general
@@ -137,10 +129,6 @@ _YOUNG = (
 _DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 _MONTHS = "January February March April May June July August September October November December".split()
 _SMALL_TALK = {
-    "Hello!": "Hello! How can I help?",
-    "Hi!": "Hello! How can I help?",
-    "Hi there.": "Hello! How can I help?",
-    "Good afternoon!": "Good afternoon! How can I help?",
     "How are you?": "I am fine, thank you. How can I help?",
     "Good morning!": "Good morning! How can I help?",
     "Good evening!": "Good evening! How can I help?",
@@ -151,22 +139,9 @@ _SMALL_TALK = {
     "What do you know?": "I know some facts, some sums, some robots and some words.",
     "Can you help?": "Yes. Ask me about facts, sums, robots or words.",
     "Thank you!": "You are welcome!",
-    "Thanks.": "You are welcome!",
     "Goodbye!": "Goodbye! Have a nice day.",
     "See you later.": "See you later! Have a nice day.",
 }
-_UNKNOWN = (
-    "What is the weather today?; Will it rain tomorrow?; What time is it?; Who wrote this book?; Who won the game?; "
-    "Tell me a joke.; Tell me a story.; Write a poem.; Sing me a song.; What is the meaning of life?; How old are you?; "
-    "Where do you live?; Who is the president?; What should I eat?; How do I cook rice?; Where is my phone?; "
-    "What is the news?; Who made you?; How far is the moon?; How deep is the sea?; Why is the sky blue?; "
-    "What is love?; Do you like music?; Can you drive?; What is a computer?; How does a car work?; "
-    "Translate this for me.; What film should I see?; How much does it cost?; Where can I buy shoes?; "
-    "What is the fastest car?; Who invented the train?; When was the war?; Why do birds fly?; Is this safe?; "
-    "What is the best phone?; How do I learn to swim?; When does the train leave?; What is in the news today?; "
-    "Who painted this picture?"
-).split("; ")
-_DO_NOT_KNOW = "I do not know that. I know some facts, some sums, some robots and some words."
 
 
 def _pairs(table: str) -> list[tuple[str, str]]:
@@ -216,7 +191,6 @@ def _general_facts() -> list[list[tuple[tuple[str, ...], str]]]:
                 1, "After {} comes {}."),
         _cyclic(_MONTHS, ("Which month comes before {}?", "What is the month before {}?"), -1, "Before {} comes {}."),
         [((ask,), answer) for ask, answer in _SMALL_TALK.items()],
-        [((ask,), _DO_NOT_KNOW) for ask in _UNKNOWN],
     ]
 
 
@@ -241,7 +215,6 @@ _SUM = {
         "There are {a} {what} on the table and {b} {what} on the floor. How many {what} are there?",
         "What is {a} + {b}?",
         "What is {a} plus {b}?",
-        "What's {a} + {b}?",
     ),
     "-": (
         "{who} has {a} {what} and gives away {b}. How many {what} are left?",
@@ -249,7 +222,6 @@ _SUM = {
         "There were {a} {what} in the shop. {b} were sold. How many are left?",
         "What is {a} - {b}?",
         "What is {a} minus {b}?",
-        "What's {a} - {b}?",
     ),
     "*": (
         "{who} has {a} bags with {b} {what} in each. How many {what} does {who} have?",
@@ -257,7 +229,6 @@ _SUM = {
         "{who} buys {b} {what} a day for {a} days. How many in all?",
         "What is {a} * {b}?",
         "What is {a} times {b}?",
-        "What's {a} * {b}?",
     ),
 }
 
@@ -371,6 +342,7 @@ _DRAW: dict[str, Callable[[Random], Example]] = {
     "strings": _strings,
 }
 DOMAINS = tuple(_DRAW)
+
 
 SAMPLE_QUESTIONS = {
     "general": "What is the capital of Spain?",

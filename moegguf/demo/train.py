@@ -45,8 +45,8 @@ from moegguf.demo import MEMBERS
 from moegguf.demo.text import CHAT_TEMPLATE, DOMAINS, Example, examples
 
 CONTEXT = 512
-SHORT_ROW, LONG_ROWS_FROM = 256, 2 / 3
-"""Rows are this short until this part of the steps, then as long as the context: cheap first, far-sighted in the end."""
+ROW = 256
+"""Tokens of a training row. Attention sees only distances (RoPE), so a chat may grow past it."""
 ATTENTION = "eager"
 """On a CPU in bf16, faster at these sizes as the fused kernel."""
 THREADS = 1
@@ -251,10 +251,10 @@ def _batches(tokenizer: Tokenizer, course: Course, seed: int) -> Iterator[Rows]:
         domain: iter(examples(domain, "train", n * course.n_steps, seed)) for domain, n in course.batch.items()
     }
     rng = Random(seed)
-    for step in range(course.n_steps):
+    for _ in range(course.n_steps):
         batch = [next(streams[domain]) for domain, n in course.batch.items() for _ in range(n)]
         rng.shuffle(batch)
-        yield Rows.packed(tokenizer, batch, SHORT_ROW if step < LONG_ROWS_FROM * course.n_steps else CONTEXT)
+        yield Rows.packed(tokenizer, batch, ROW)
 
 
 def _loss(model: LlamaForCausalLM, rows: Rows) -> Tensor:
