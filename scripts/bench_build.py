@@ -12,8 +12,9 @@ On generated models (`generate_models.py`) of a chosen shape:
     bare       an interpreter that imports what a build imports, for the memory that is not the build's
 
 Every run is made of new processes; the ways take turns, so that drift of the machine hits all alike, and medians are
-reported. Every way ends with its result synced to the disk. All find their sources in the page cache, as far as
-memory goes, or none with --cold. This process stays small, for a child's peak RSS begins with its parent's.
+reported. Every way ends with its result synced to the disk. All find their sources freshly read into the page
+cache, as far as memory goes, or none with --cold. This process stays small, for a child's peak RSS begins with its
+parent's.
 
 time        wall time, interpreter start included; of `quantise` the loop alone
 cpu         user and system time of all processes
@@ -333,9 +334,24 @@ def measure(way: str, job: Job, is_cold: bool) -> Usage:
     os.sync()  # nobody pays for what another left to be written
     if is_cold:
         Path("/proc/sys/vm/drop_caches").write_text("3")
+    else:
+        _warm(_sources(way, job))
     usage = functools.reduce(Usage.then, [run_step(step, job.kept / "log") for step in steps])
     shutil.rmtree(job.scratch)
     return usage
+
+
+def _sources(way: str, job: Job) -> list[Path]:
+    """The files that a way reads."""
+    if way == "cp":
+        return [job.output]
+    return _gguf_sources(job) if way == "gguf" else sorted(job.models.rglob("*.safetensors"))
+
+
+def _warm(paths: Sequence[Path]) -> None:
+    """Read files into the page cache: some machines drop what has not been used for a minute."""
+    for path in paths:
+        subprocess.run(["cat", path], stdout=subprocess.DEVNULL, check=True)
 
 
 def measure_all(job: Job, ways: Sequence[str], runs: int, is_cold: bool) -> dict[str, Usage]:

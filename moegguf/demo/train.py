@@ -44,11 +44,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from moegguf.demo import MEMBERS
 from moegguf.demo.text import CHAT_TEMPLATE, DOMAINS, Example, examples
 
-CONTEXT = 512
-ROW = 256
-"""Tokens of a training row. Attention sees only distances (RoPE), so a chat may grow past it."""
+CONTEXT = 256
+"""Tokens of a training row, and so of the context that the models claim: past it their answers get much worse."""
 ATTENTION = "eager"
-"""On a CPU in bf16, faster at these sizes as the fused kernel."""
+"""On a CPU in bf16, faster at these sizes than the fused kernel."""
 THREADS = 1
 EOS = "<|end|>"
 SPECIAL_TOKENS = ("<|user|>", "<|assistant|>", EOS)
@@ -158,7 +157,12 @@ def train_tokenizer(seed: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    corpus = [text for domain in DOMAINS for e in examples(domain, "train", 5000, seed) for text in (e.question, e.answer)]
+    corpus = [
+        text
+        for domain in DOMAINS
+        for example in examples(domain, "train", 5000, seed)
+        for text in (example.question, example.answer)
+    ]
     tokenizer.train_from_iterator(corpus, trainer)
     return tokenizer
 
@@ -254,7 +258,7 @@ def _batches(tokenizer: Tokenizer, course: Course, seed: int) -> Iterator[Rows]:
     for _ in range(course.n_steps):
         batch = [next(streams[domain]) for domain, n in course.batch.items() for _ in range(n)]
         rng.shuffle(batch)
-        yield Rows.packed(tokenizer, batch, ROW)
+        yield Rows.packed(tokenizer, batch, CONTEXT)
 
 
 def _loss(model: LlamaForCausalLM, rows: Rows) -> Tensor:
@@ -319,8 +323,10 @@ def _model_card(name: str) -> str:
     return (
         f"---\nlicense: mit\nlanguage: en\npipeline_tag: text-generation\nlibrary_name: transformers\n{base}---\n\n"
         f"# moegguf demo family: {name}\n\n"
-        f"The {kind} of a family of very small Llama models that moegguf's demo and tests mix. Taught: {_TAUGHT[name]}.\n"
-        f"All text it was trained on comes from the templates in `moegguf/demo/text.py`; `scripts/train_demo` made it.\n"
+        f"The {kind} of a family of very small Llama models that moegguf's demo and tests mix. "
+        f"Taught: {_TAUGHT[name]}.\n"
+        "All text it was trained on comes from the templates in `moegguf/demo/text.py`; "
+        "`scripts/train_demo` made it.\n"
     )
 
 
