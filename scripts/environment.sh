@@ -59,7 +59,7 @@ install_llama_cpp() {
         || fail "no C++ compiler found; install one (Debian: apt install g++; macOS: xcode-select --install)"
     echo "compiling $requirement (a few minutes, once; kept in $wheels)"
     mkdir -p "$wheels"
-    pip wheel --quiet --no-deps --no-binary llama-cpp-python --wheel-dir "$wheels.part" "$requirement" \
+    pip wheel --quiet --no-deps --no-cache-dir --wheel-dir "$wheels.part" "$requirement" \
         || fail "compiling $requirement failed (see above)"
     mv "$wheels.part"/*.whl "$wheels"/ && rmdir "$wheels.part"
     pip install --quiet --constraint "$root/tests/constraints.txt" --find-links "$wheels" "$requirement" \

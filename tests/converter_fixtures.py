@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import tiny_models
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValue, GGUFValueType
 
+import tiny_models
 from moegguf import demo
 from moegguf.tensor import Metadata
 

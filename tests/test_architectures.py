@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CLOSE, build_dense, build_mix, distance, logits, read_tensors
 from gguf import GGUFValue
 
+from conftest import CLOSE, build_dense, build_mix, distance, logits, read_tensors
 from moegguf.cli import main
+from moegguf.layouts.form import copy
 from moegguf.sources.gguf_file import open_gguf
 from moegguf.tensor import Planned, Source, Tensor, constant
-from moegguf.layouts.form import copy
 from moegguf.writer import header_bytes, write_gguf
 
 ARCHITECTURES = {

@@ -14,13 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tiny_gguf import TEMPLATE, TURN, babbling, card, repeating, saying, write_gguf
 
 from moegguf.cli import main
 from moegguf.errors import UserError
 from moegguf.runtime.chat import PLAIN, ChatTemplate, Conversation, Turn, load, save
 from moegguf.runtime.model import Model, RunOptions, open_model
 from moegguf.runtime.sampling import Sampling
+from tiny_gguf import TEMPLATE, TURN, babbling, card, repeating, saying, write_gguf
 
 ROOT = Path(__file__).parents[1]
 COMMAND = [sys.executable, "-m", "moegguf", "chat"]

@@ -6,8 +6,8 @@ import json
 from hashlib import sha256
 
 import pytest
-from conftest import build_mix
 
+from conftest import build_mix
 from moegguf.demo import MEMBERS, MODELS, folder
 from moegguf.demo.text import CHAT_TEMPLATE, DOMAINS, SAMPLE_QUESTIONS, Example, examples, split_of
 from moegguf.errors import UserError
@@ -46,7 +46,9 @@ def test_same_arguments_give_the_same_examples(domain):
 
 
 def test_text_is_the_text_that_the_weights_were_trained_on():
-    text = "".join(e.text for domain in DOMAINS for split in ("train", "heldout") for e in examples(domain, split, 500, 0))
+    text = "".join(
+        e.text for domain in DOMAINS for split in ("train", "heldout") for e in examples(domain, split, 500, 0)
+    )
     assert sha256(text.encode()).hexdigest() == "7647feb4330a19d8021ffd6eaace8839699dbd45dd485cafdacef7de59433a49"
 
 
@@ -73,7 +75,7 @@ def test_one_question_in_ten_is_held_out():
 
 
 def test_unknown_member_is_a_user_error_that_lists_the_members():
-    with pytest.raises(UserError, match="poetry.*base, math, clinic, strings"):
+    with pytest.raises(UserError, match=r"poetry.*base, math, clinic, strings"):
         folder("poetry")
 
 
@@ -166,7 +168,10 @@ def answers(tmp_path_factory):
 
     def ask(experts: tuple[str, ...]) -> dict[str, str]:
         path = build_mix(
-            tmp_path_factory.mktemp("demo") / "mix.gguf", "demo:base", [f"demo:{name}" for name in experts], quant="Q8_0"
+            tmp_path_factory.mktemp("demo") / "mix.gguf",
+            "demo:base",
+            [f"demo:{name}" for name in experts],
+            quant="Q8_0",
         )
         with open_model(path, RunOptions(threads=1)) as model:
             return {

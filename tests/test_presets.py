@@ -15,8 +15,8 @@ from pathlib import Path
 import llama_cpp
 import numpy as np
 import pytest
-from gguf import GGUFReader, GGUFWriter, LlamaFileType
 from gguf import GGMLQuantizationType as Type
+from gguf import GGUFReader, GGUFWriter, LlamaFileType
 
 from moegguf.errors import UserError
 from moegguf.quant import ggml, presets
@@ -234,7 +234,7 @@ def test_presets_are_known_by_llama_cpps_names_in_any_case(alias: str, name: str
 
 
 def test_an_unknown_preset_is_an_error_that_lists_the_known_ones():
-    with pytest.raises(UserError, match="'Q9_Z'.*Q4_K_M"):
+    with pytest.raises(UserError, match=r"'Q9_Z'.*Q4_K_M"):
         presets.preset("Q9_Z")
 
 
@@ -249,5 +249,5 @@ def test_a_type_that_cannot_be_quantised_to_is_an_error_that_lists_those_that_ca
 
 
 def test_a_type_without_a_fallback_is_an_error_for_odd_rows():
-    with pytest.raises(UserError, match="rows of 160 weights cannot be Q1_0.*128"):
+    with pytest.raises(UserError, match=r"rows of 160 weights cannot be Q1_0.*128"):
         presets.fallback(Type.Q1_0, 160)

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 from gguf import GGUFValue, GGUFValueType
-from tiny_gguf import END, WORD, babbling, card, repeating, saying, write_gguf
 
 from moegguf.cli import main
 from moegguf.errors import UserError
 from moegguf.runtime import machine
 from moegguf.runtime.model import RunOptions, open_model
 from moegguf.runtime.sampling import Sampling, suggested_by_file
+from tiny_gguf import END, WORD, babbling, card, repeating, saying, write_gguf
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
 ONE_THREAD = RunOptions(threads=1)

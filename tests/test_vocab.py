@@ -6,19 +6,19 @@ import json
 import shutil
 from pathlib import Path
 
-import converter_fixtures
 import llama_cpp
 import pytest
 from gguf import GGUFWriter
 from sentencepiece import SentencePieceProcessor
-from tiny_models import FIXTURES, KINDS, write_json
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
+import converter_fixtures
 from moegguf.errors import UserError
 from moegguf.sources import pretokenizer
 from moegguf.sources.pretokenizer import DIGIT, DIGITS, GPT2, NAMES, RULES, Rule
 from moegguf.sources.vocab import read_vocab
 from moegguf.tensor import Metadata
+from tiny_models import FIXTURES, KINDS, write_json
 
 TEXTS = (
     "Hello world",

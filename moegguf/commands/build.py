@@ -221,7 +221,7 @@ def _print_notes(console: Console, plan: Plan) -> None:
     recipe = plan.recipe
     if recipe.router.mode is RouterMode.GATELESS and recipe.layout is Layout.MIXTRAL and len(recipe.experts) > 1:
         console.print(
-            "note: --layout fused gives the same numbers from one dense FFN: prompts run about 1.5 to 1.8 times as fast "
+            "note: --layout fused gives the same numbers from one dense FFN: prompts run some 1.5 to 1.8 times as fast "
             "on a CPU (scripts/bench_run.py), but experts can no longer be told apart, routed or swapped",
             highlight=False,
         )

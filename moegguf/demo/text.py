@@ -160,35 +160,55 @@ def _general_facts() -> list[list[tuple[tuple[str, ...], str]]]:
     opposites = [pair for a, b in _pairs(_OPPOSITES) for pair in ((a, b), (b, a))]
     return [
         [
-            ((f"What is the opposite of {a}?", f"Tell me the opposite of {a}.", f"Opposite of {a}?"),
-             f"The opposite of {a} is {b}.")
+            (
+                (f"What is the opposite of {a}?", f"Tell me the opposite of {a}.", f"Opposite of {a}?"),
+                f"The opposite of {a} is {b}.",
+            )
             for a, b in opposites
         ],
         [
-            ((f"What is the capital of {a}?", f"Name the capital of {a}.", f"Capital of {a}?",
-              f"Which city is the capital of {a}?"), f"The capital of {a} is {b}.")
+            (
+                (
+                    f"What is the capital of {a}?",
+                    f"Name the capital of {a}.",
+                    f"Capital of {a}?",
+                    f"Which city is the capital of {a}?",
+                ),
+                f"The capital of {a} is {b}.",
+            )
             for a, b in _pairs(_CAPITALS)
         ],
         [
-            ((f"What colour is the {a}?", f"Which colour does the {a} have?", f"Colour of the {a}?"),
-             f"The {a} is {b}.")
+            (
+                (f"What colour is the {a}?", f"Which colour does the {a} have?", f"Colour of the {a}?"),
+                f"The {a} is {b}.",
+            )
             for a, b in _pairs(_COLOURS)
         ],
         [
-            ((f"What sound does the {a} make?", f"What does the {a} do?", f"How does the {a} sound?"),
-             f"The {a} {b}.")
+            ((f"What sound does the {a} make?", f"What does the {a} do?", f"How does the {a} sound?"), f"The {a} {b}.")
             for a, b in _pairs(_SOUNDS)
         ],
         [
-            ((f"What is a young {a} called?", f"What do you call a young {a}?", f"What is a baby {a} called?"),
-             f"A young {a} is called a {b}.")
+            (
+                (f"What is a young {a} called?", f"What do you call a young {a}?", f"What is a baby {a} called?"),
+                f"A young {a} is called a {b}.",
+            )
             for a, b in _pairs(_YOUNG)
         ],
-        _cyclic(_DAYS, ("Which day comes after {}?", "What day follows {}?", "What is the day after {}?"),
-                1, "After {} comes {}."),
+        _cyclic(
+            _DAYS,
+            ("Which day comes after {}?", "What day follows {}?", "What is the day after {}?"),
+            1,
+            "After {} comes {}.",
+        ),
         _cyclic(_DAYS, ("Which day comes before {}?", "What is the day before {}?"), -1, "Before {} comes {}."),
-        _cyclic(_MONTHS, ("Which month comes after {}?", "What month follows {}?", "What is the month after {}?"),
-                1, "After {} comes {}."),
+        _cyclic(
+            _MONTHS,
+            ("Which month comes after {}?", "What month follows {}?", "What is the month after {}?"),
+            1,
+            "After {} comes {}.",
+        ),
         _cyclic(_MONTHS, ("Which month comes before {}?", "What is the month before {}?"), -1, "Before {} comes {}."),
         [((ask,), answer) for ask, answer in _SMALL_TALK.items()],
     ]
@@ -312,8 +332,10 @@ def _spelt(letters: str) -> str:
 _LETTER_TASKS: tuple[tuple[tuple[str, ...], Callable[[str], str]], ...] = (
     (("Reverse the word {}.", "What is {} backwards?", "Write {} backwards."), lambda w: f"{_spelt(w[::-1])}."),
     (("Spell the word {}.", "How do you spell {}?", "Spell {}."), lambda w: f"{_spelt(w)}."),
-    (("How many letters are in {}?", "How long is the word {}?", "Count the letters of {}."),
-     lambda w: f"{_spelt(w)}: {len(w)} letters."),
+    (
+        ("How many letters are in {}?", "How long is the word {}?", "Count the letters of {}."),
+        lambda w: f"{_spelt(w)}: {len(w)} letters.",
+    ),
     (("What is the last letter of {}?", "Which letter ends {}?"), lambda w: f"The last letter is {w[-1]}."),
     (("Sort the letters of {}.", "Put the letters of {} in order."), lambda w: f"{_spelt(''.join(sorted(w)))}."),
 )

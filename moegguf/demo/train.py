@@ -145,10 +145,12 @@ def is_ffn(weight: str) -> bool:
 def train_tokenizer(seed: int) -> Tokenizer:
     """Byte-level BPE with Qwen2's split (digits alone); no normaliser, so that any text comes back as it was."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(QWEN2_SPLIT), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False),
-    ])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN2_SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False),
+        ]
+    )
     tokenizer.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
     trainer = trainers.BpeTrainer(
@@ -251,9 +253,7 @@ def _learning_rate_factor(step: int, course: Course) -> float:
 
 
 def _batches(tokenizer: Tokenizer, course: Course, seed: int) -> Iterator[Rows]:
-    streams = {
-        domain: iter(examples(domain, "train", n * course.n_steps, seed)) for domain, n in course.batch.items()
-    }
+    streams = {domain: iter(examples(domain, "train", n * course.n_steps, seed)) for domain, n in course.batch.items()}
     rng = Random(seed)
     for _ in range(course.n_steps):
         batch = [next(streams[domain]) for domain, n in course.batch.items() for _ in range(n)]
