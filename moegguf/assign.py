@@ -15,7 +15,7 @@ from moegguf.errors import UserError
 from moegguf.quant import ggml
 from moegguf.quant.presets import ModelFacts, preset, requires_imatrix, tensor_types
 from moegguf.recipe import QuantSpec, Role
-from moegguf.tensor import Form, Planned, Slot
+from moegguf.tensor import Form, Planned, Slot, largest
 
 
 def assign_types(form: Form, quant: QuantSpec, *, has_imatrix: bool) -> list[Planned]:
@@ -61,8 +61,7 @@ def _needs_importance(tensors: list[Planned]) -> UserError:
 def _facts(form: Form) -> ModelFacts:
     def get(key: str, default: int = 0) -> int:
         value = form.metadata.get(f"{form.arch}.{key}")
-        number = default if value is None else value.value
-        return int(max(number) if isinstance(number, list) else number)
+        return default if value is None else largest(value.value)
 
     n_head = get("attention.head_count")
     return ModelFacts(

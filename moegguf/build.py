@@ -175,7 +175,7 @@ def _parent(label: str) -> dict[str, str]:
 
 
 def _size_label(form: Form, mix: Mix) -> str:
-    """ "4x7B" and the like, as gguf makes it from the weights outside and inside the experts."""
+    """4x7B and the like, as gguf makes it from the weights outside and inside the experts."""
     expert = sum(slot.n_weights for slot in form.slots if slot.preset) // len(mix.experts)
     rest = sum(slot.n_weights for slot in form.slots if not slot.preset)
     return size_label(rest + expert * len(mix.experts), rest, expert, len(mix.experts))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moegguf.build import Plan
+from moegguf.tensor import largest
 
 DEFAULT_CONTEXT = 4096
 MICRO_BATCH = 512  # llama.cpp's default n_ubatch
@@ -32,19 +33,14 @@ def memory_to_run(plan: Plan, n_ctx: int = DEFAULT_CONTEXT) -> Memory:
     """Memory of the mix at `n_ctx` tokens, or at the model's own context if that is shorter."""
     base = plan.mix.base
     n_ctx = min(n_ctx, int(base.hparam("context_length", n_ctx)))
-    n_head = _largest(base.hparam("attention.head_count"))
-    n_head_kv = _largest(base.hparam("attention.head_count_kv", n_head))
+    n_head = largest(base.hparam("attention.head_count"))
+    n_head_kv = largest(base.hparam("attention.head_count_kv", n_head))
     head_dim = int(base.hparam("attention.key_length", plan.mix.n_embd // n_head))
     n_vocab = base.tensors["token_embd.weight"].n_rows
-    n_ff = _largest(base.hparam("feed_forward_length")) * plan.mix.router.k
+    n_ff = largest(base.hparam("feed_forward_length")) * plan.mix.router.k
     return Memory(
         n_ctx=n_ctx,
         weights=plan.n_bytes,
         kv_cache=2 * n_ctx * plan.mix.n_layer * n_head_kv * head_dim * BYTES_F16,
         compute=MICRO_BATCH * BYTES_F32 * (n_vocab + 3 * n_ff + 4 * plan.mix.n_embd),
     )
-
-
-def _largest(value: int | list[int]) -> int:
-    """A per-layer array counts as its largest entry."""
-    return int(max(value) if isinstance(value, list) else value)

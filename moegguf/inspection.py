@@ -23,6 +23,7 @@ from moegguf.mix import FFN_ROLES
 from moegguf.quant import ggml
 from moegguf.recipe import Layout, RouterMode, RouterSpec
 from moegguf.sources.blob import LocalFile
+from moegguf.tensor import largest
 
 GROUPS = (
     "embedding",
@@ -85,8 +86,7 @@ def inspect(path: Path) -> Inspection:
     arch = header.get("general.architecture", "unknown")
 
     def hparam(key: str) -> int:
-        value = header.get(f"{arch}.{key}", 0)
-        return int(max(value) if isinstance(value, list) else value)
+        return largest(header.get(f"{arch}.{key}", 0))
 
     return Inspection(
         path=path,

@@ -34,6 +34,11 @@ def row_bytes(type: GGMLQuantizationType, n_cols: int) -> int:
     return n_cols // block * size
 
 
+def largest(value: int | list[int]) -> int:
+    """A count of the metadata; where layers have numbers of their own, the largest."""
+    return int(max(value) if isinstance(value, list) else value)
+
+
 @dataclass(frozen=True)
 class Tensor:
     """A tensor that has not been read yet.

@@ -293,9 +293,6 @@ def _cgroups(controller: str) -> Iterator[Path]:
 # --- llama.cpp ---
 
 
-_DEVICE_KINDS = ("CPU", "GPU", "IGPU", "ACCEL", "META")  # enum ggml_backend_dev_type
-
-
 def _load_runtime() -> tuple[Runtime | None, str]:
     try:
         import llama_cpp
