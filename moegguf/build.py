@@ -19,11 +19,13 @@ from moegguf import __version__
 from moegguf.assign import assign_types
 from moegguf.errors import UserError
 from moegguf.layouts import lay_out
-from moegguf.metadata import Card, ExpertCard
+from moegguf.metadata import SPARE_BYTES, Card, ExpertCard, spare_bytes
 from moegguf.mix import Mix, make_mix
 from moegguf.quant.imatrix import Imatrix, read_imatrix, with_importance
 from moegguf.quant.presets import preset
-from moegguf.recipe import Recipe, RouterMode
+from moegguf.recipe import Mixed, Recipe
+from moegguf.routers import Router
+from moegguf.routers.file import read_router
 from moegguf.sources import OpenOptions, open_source
 from moegguf.tensor import Form, Metadata, Planned
 from moegguf.writer import Requantised, data_bytes, header_bytes, write_gguf
@@ -38,6 +40,7 @@ class Plan:
     recipe: Recipe
     path: Path
     mix: Mix
+    card: Card
     form: Form
     planned: tuple[Planned, ...]
     header: bytes
@@ -70,23 +73,42 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def plan_build(recipe: Recipe, *, stream: bool = False, pre: str | None = None, overwrite: bool = False) -> Plan:
+def plan_build(
+    recipe: Recipe,
+    *,
+    router: Router | None = None,
+    stream: bool = False,
+    pre: str | None = None,
+    overwrite: bool = False,
+) -> Plan:
     """Open the sources of `recipe`, check that they fit, and decide every byte count. Reads no weight.
 
-    `stream` reads Hub models by range instead of downloading them; `pre` overrides the BPE pre-tokenizer.
+    `router` is one that was just fitted, in place of a file; `stream` reads Hub models by range instead of
+    downloading them; `pre` overrides the BPE pre-tokenizer.
     Raises UserError, with all faults that were found, before anything is written.
     """
+    _check_expressible(recipe)
     _check_target(recipe.output, overwrite)
-    options = OpenOptions(recipe.folder, stream, pre)
-    mix = make_mix(recipe, lambda ref: open_source(ref, options))
+    mix = open_mix(recipe, router=router, stream=stream, pre=pre)
     _check_target_is_no_source(recipe.output, mix)
     form = lay_out(mix, recipe.layout)
     imatrix = read_imatrix(recipe.folder / recipe.imatrix) if recipe.imatrix else None
     if imatrix:
         form = with_importance(form, imatrix)
     planned = tuple(assign_types(form, recipe.quant, has_imatrix=imatrix is not None))
-    metadata = _metadata(recipe, mix, form, imatrix)
-    return Plan(recipe, recipe.output, mix, form, planned, header_bytes(form.arch, metadata, planned))
+    card = _card(recipe, mix)
+    metadata = _metadata(recipe, mix, form, imatrix) | card.to_metadata() | spare_bytes(SPARE_BYTES)
+    return Plan(recipe, recipe.output, mix, card, form, planned, header_bytes(form.arch, metadata, planned))
+
+
+def open_mix(recipe: Recipe, *, router: Router | None = None, stream: bool = False, pre: str | None = None) -> Mix:
+    """The mix of `recipe`, its sources open and checked, whether or not a GGUF can hold it."""
+    options = OpenOptions(recipe.folder, stream, pre, recipe.base)
+
+    def router_of(recipe: Recipe) -> Router | None:
+        return read_router(recipe.folder / recipe.router.file) if recipe.router.file and router is None else router
+
+    return make_mix(recipe, lambda ref: open_source(ref, options), router_of)
 
 
 def build(plan: Plan, *, threads: int | None = None, progress: Callable[[int], None] = lambda n_bytes: None) -> Built:
@@ -94,10 +116,37 @@ def build(plan: Plan, *, threads: int | None = None, progress: Callable[[int], N
 
     Raises UserError for weights that cannot be used and when the disk is too small; then no file is left.
     """
+    if plan.mix.router.is_blank:
+        raise UserError(
+            f"recipe {plan.recipe.name}: its {plan.card.router} router has not been fitted yet",
+            "run `moegguf route fit`, and give the file that it writes as the router",
+        )
     _check_space(plan)
     start = time.monotonic()
     written = write_gguf(plan.path, plan.header, plan.planned, threads or usable_cores(), progress)
     return Built(plan, written.n_bytes, time.monotonic() - start, written.requantised)
+
+
+def _check_expressible(recipe: Recipe) -> None:
+    """Refuse what no graph of stock llama.cpp computes."""
+    if recipe.router.is_gateless:
+        return
+    mends = {
+        f"mix = {recipe.mixed.value!r}": recipe.mixed is not Mixed.FFN,
+        "layers": recipe.layers is not None,
+    }
+    faults = [
+        UserError(
+            f"recipe {recipe.name}: {key} with a {recipe.router.mode} router has no graph in stock llama.cpp, so no "
+            "GGUF can hold it",
+            "choose router = 'gateless', which is exact, or leave that key out; the reference in PyTorch runs it: "
+            "`moegguf chat --engine torch`, `moegguf eval --engine torch`",
+        )
+        for key, is_set in mends.items()
+        if is_set
+    ]
+    if faults:
+        raise UserError.of(faults)
 
 
 def _check_target(path: Path, overwrite: bool) -> None:
@@ -129,8 +178,8 @@ def _check_space(plan: Plan) -> None:
 
 
 def _metadata(recipe: Recipe, mix: Mix, form: Form, imatrix: Imatrix | None) -> Metadata:
-    """Everything before the tensors: `general.*`, the architecture, the tokenizer of the base, our card."""
-    metadata = _general(recipe, mix, form) | form.metadata | mix.base.read_vocab() | _card(recipe, mix).to_metadata()
+    """What stock runtimes read: `general.*`, the architecture, the tokenizer of the base."""
+    metadata = _general(recipe, mix, form) | form.metadata | mix.base.read_vocab()
     if imatrix:  # the keys that llama-quantize leaves
         metadata["quantize.imatrix.file"] = GGUFValue(imatrix.path.name, GGUFValueType.STRING)
         metadata["quantize.imatrix.entries_count"] = GGUFValue(len(imatrix.entries), GGUFValueType.UINT32)
@@ -182,8 +231,7 @@ def _size_label(form: Form, mix: Mix) -> str:
 
 
 def _card(recipe: Recipe, mix: Mix) -> Card:
-    router = recipe.router
-    is_noisy = router.mode is RouterMode.NOISY
+    router = mix.router
     return Card(
         name=recipe.name,
         tool_version=__version__,
@@ -193,7 +241,13 @@ def _card(recipe: Recipe, mix: Mix) -> Card:
         base=mix.base.label,
         quant=recipe.quant.preset,
         experts=tuple(ExpertCard(e.name, e.source.label, e.weight, e.spec.quant) for e in mix.experts),
-        std=router.std if is_noisy else None,
-        seed=router.seed if is_noisy else None,
+        std=router.std,
+        seed=router.seed,
         always_on=router.always_on,
+        shared=router.shared,
+        router_settings=", ".join(f"{key} {value}" for key, value in router.settings.items()),
+        router_digest=router.digest if router.is_stored else "",
+        mixed=recipe.mixed,
+        trunk=recipe.trunk,
+        layers=recipe.layers,
     )

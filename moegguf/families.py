@@ -46,6 +46,9 @@ FAMILIES = {
 MOE_ARCHITECTURES = frozenset({"llama"})
 """GGUF architectures whose dense graph has an MoE twin with the same attention (llama → llama, granitemoe)."""
 
+PER_LAYER_WIDTHS = {"llama": "deci"}
+"""GGUF architecture → its twin with the same graph whose layers may have FFN widths of their own."""
+
 # HF module name → GGUF name. `{}` is the layer.
 _MODULES = {
     "model.embed_tokens": "token_embd",

@@ -8,20 +8,20 @@ is inspected and checked as far as that makes sense.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 import numpy as np
 
-from moegguf import routers
 from moegguf.families import TensorName
 from moegguf.gguf_header import DEFAULT_ALIGNMENT, Header, TensorInfo, read_header
 from moegguf.metadata import Card, read_card
 from moegguf.mix import FFN_ROLES
 from moegguf.quant import ggml
 from moegguf.recipe import Layout, RouterMode, RouterSpec
+from moegguf.routers import FFN, digest, noise
 from moegguf.sources.blob import LocalFile
 from moegguf.tensor import largest
 
@@ -156,9 +156,7 @@ def check(path: Path, progress: Callable[[int], None] = lambda n_bytes: None) ->
     blob = LocalFile(path)
     for info in header.tensors.values():
         faults += _data_faults(blob, info, bands.get(info.name, Bands.of(info)), progress)
-        if card is not None and TensorName.parse(info.name).role == "ffn_gate_inp":
-            faults += _router_faults(blob, info, card)
-    return faults
+    return faults + (_router_faults(blob, header, card) if card else [])
 
 
 def _size_faults(header: Header) -> list[str]:
@@ -209,13 +207,14 @@ def _expert_bands(header: Header, card: Card, counts: _Counts) -> dict[str, Band
     n_layer = header.get(f"{header.get('general.architecture')}.block_count", 0)
     suffix = "" if card.layout == Layout.FUSED else "_shexp"
     bands: dict[str, Bands] = {}
-    for layer in range(min(n_layer, len(header.tensors))):
+    n_fused = 1 if card.is_dense else counts.fused
+    for layer in card.layers or range(min(n_layer, len(header.tensors))):
         if counts.stacked:
             bands[f"blk.{layer}.ffn_gate_inp.weight"] = Bands()
             bands |= {f"blk.{layer}.{role}_exps.weight": Bands(rows=counts.stacked) for role in FFN_ROLES}
         if counts.fused:
-            bands |= {f"blk.{layer}.{role}{suffix}.weight": Bands(rows=counts.fused) for role in FFN_ROLES}
-            bands[f"blk.{layer}.ffn_down{suffix}.weight"] = Bands(cols=counts.fused)
+            bands |= {f"blk.{layer}.{role}{suffix}.weight": Bands(rows=n_fused) for role in FFN_ROLES}
+            bands[f"blk.{layer}.ffn_down{suffix}.weight"] = Bands(cols=n_fused)
     return bands
 
 
@@ -290,18 +289,40 @@ def _read_band(blob: LocalFile, info: TensorInfo, i: int, n_bands: int) -> Itera
         yield blob.read(info.offset + (i * n_rows + row) * row_bytes, n * row_bytes).reshape(n, row_bytes)
 
 
-def _router_faults(blob: LocalFile, info: TensorInfo, card: Card) -> list[str]:
-    """A router that is not what its mode, std and seed make."""
-    if card.router not in set(RouterMode):
-        return []
+def _read_router(blob: LocalFile, info: TensorInfo) -> np.ndarray | None:
+    """The matrix of a router, float32 (n_expert, n_embd); None where it is no F32 matrix."""
     if info.type.name != "F32" or len(info.shape) != 2:
-        return [f"{info.name} is {info.type.name} of shape {info.shape}, expected an F32 matrix"]
-    found = blob.read(info.offset, info.nbytes).view("<f4").reshape(info.shape)
-    spec = RouterSpec(RouterMode(card.router), card.k, card.std or 0.0, card.seed or 0)
-    try:
-        expected = routers.rows(spec, TensorName.parse(info.name).layer or 0, *info.shape)
-    except ValueError:  # a seed that no recipe can have
-        return [f"{info.name} cannot have been made with seed {card.seed}"]
-    if np.allclose(found, expected, rtol=1e-5, atol=0):
+        return None
+    return blob.read(info.offset, info.nbytes).view("<f4").reshape(info.shape)
+
+
+def _router_faults(blob: LocalFile, header: Header, card: Card) -> list[str]:
+    """Routers that are not what the file says of them: by their digest, or for gate-less, zeros."""
+    infos = [info for info in header.tensors.values() if TensorName.parse(info.name).role == "ffn_gate_inp"]
+    infos.sort(key=lambda info: TensorName.parse(info.name).layer or 0)
+    found = {info.name: _read_router(blob, info) for info in infos}
+    if wrong := [info for info in infos if found[info.name] is None]:
+        return [f"{info.name} is {info.type.name} of shape {info.shape}, expected an F32 matrix" for info in wrong]
+    if card.is_gateless:
+        return [f"{name} is not the router of mode gateless" for name, matrix in found.items() if matrix.any()]
+    return _noise_faults(found, card) if card.router == RouterMode.NOISY else _digest_faults(found, card)
+
+
+def _noise_faults(found: Mapping[str, np.ndarray], card: Card) -> list[str]:
+    """Routers that are not the noise of the stored seed."""
+    spec = RouterSpec(RouterMode.NOISY, card.k, card.std or 0.0, card.seed or 0, shared=card.shared)
+    faults = []
+    for name, matrix in found.items():
+        try:
+            expected = noise(spec, (TensorName.parse(name).layer or 0, FFN), *matrix.shape)
+        except ValueError:  # a seed that no recipe can have
+            return [f"{name} cannot have been made with seed {card.seed}"]
+        if not np.allclose(matrix, expected, rtol=1e-5, atol=0):
+            faults.append(f"{name} is not the router of mode noisy")
+    return faults
+
+
+def _digest_faults(found: Mapping[str, np.ndarray], card: Card) -> list[str]:
+    if digest(found.values()) == card.router_digest:
         return []
-    return [f"{info.name} is not the router of mode {card.router}"]
+    return [f"the router is not the one that was written: its SHA-256 differs from {card.router_digest[:12]}…"]

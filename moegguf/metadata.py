@@ -13,8 +13,11 @@ from gguf import GGUFValue, GGUFValueType
 from moegguf.errors import UserError
 from moegguf.gguf_header import Header
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 PREFIX = "moegguf."
+SPARE = PREFIX + "spare"
+SPARE_BYTES = 1024
+"""Room in the header of a new mix for what a later edit of its card may add, so that no tensor has to move."""
 GATELESS = "gateless"
 
 
@@ -44,10 +47,40 @@ class Card:
     std: float | None = None
     seed: int | None = None
     always_on: str | None = None
+    shared: bool = False
+    """Whether all layers have one router."""
+    router_settings: str = ""
+    """How the router was fitted or trained, for people."""
+    router_digest: str = ""
+    """SHA-256 of the router's matrices; empty in a file that stores none."""
+    mixed: str = "ffn"
+    trunk: str = "base"
+    layers: tuple[int, ...] | None = None
+    """The layers that are mixed; None is all."""
 
     @property
     def is_gateless(self) -> bool:
         return self.router == GATELESS
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the experts collapsed into one: gate-less and fine-grained."""
+        return self.is_gateless and self.mixed.startswith("fine-grained")
+
+    def describe_router(self) -> str:
+        """One line for people."""
+        n = len(self.experts)
+        if self.is_gateless:
+            weighted = "weighted " * (len({expert.weight for expert in self.experts}) > 1)
+            return f"gateless: the {weighted}mean of {n} experts"
+        parts = [f"{self.router}: {self.k} of {n} experts"]
+        if self.always_on:
+            parts.append(f"{self.always_on} always on")
+        if self.std is not None:
+            parts.append(f"std {self.std:.6g}, seed {self.seed}")
+        if self.shared:
+            parts.append("one for all layers")
+        return ", ".join([*parts, *filter(None, [self.router_settings])])
 
     def to_metadata(self) -> dict[str, GGUFValue]:
         """The keys of this card, typed. Keys of absent values are absent."""
@@ -68,6 +101,12 @@ class Card:
             "router.std": None if self.std is None else GGUFValue(self.std, f32),
             "router.seed": None if self.seed is None else GGUFValue(self.seed, u64),
             "always_on": None if self.always_on is None else GGUFValue(self.always_on, string),
+            "router.shared": GGUFValue(True, GGUFValueType.BOOL) if self.shared else None,
+            "router.settings": GGUFValue(self.router_settings, string) if self.router_settings else None,
+            "router.digest": GGUFValue(self.router_digest, string) if self.router_digest else None,
+            "mix": GGUFValue(self.mixed, string),
+            "trunk": GGUFValue(self.trunk, string),
+            "layers": None if self.layers is None else array(list(self.layers), u32),
             "base": GGUFValue(self.base, string),
             "quant": GGUFValue(self.quant, string),
             "expert.names": array([expert.name for expert in self.experts], string),
@@ -76,6 +115,11 @@ class Card:
             "expert.quants": array([expert.quant for expert in self.experts], string),
         }
         return {PREFIX + key: value for key, value in values.items() if value is not None}
+
+
+def spare_bytes(n: int) -> dict[str, GGUFValue]:
+    """The key that keeps `n` bytes (at least one) free in a header."""
+    return {SPARE: GGUFValue([0] * n, GGUFValueType.ARRAY, GGUFValueType.UINT8)}
 
 
 def read_card(header: Header) -> Card | None:
@@ -109,6 +153,12 @@ def read_card(header: Header) -> Card | None:
         std=header.get(PREFIX + "router.std"),
         seed=header.get(PREFIX + "router.seed"),
         always_on=header.get(PREFIX + "always_on"),
+        shared=header.get(PREFIX + "router.shared", False),
+        router_settings=header.get(PREFIX + "router.settings", ""),
+        router_digest=header.get(PREFIX + "router.digest", ""),
+        mixed=get("mix"),
+        trunk=get("trunk"),
+        layers=None if (layers := header.get(PREFIX + "layers")) is None else tuple(layers),
     )
     for key, expected in card.to_metadata().items():
         found = header.value(key)

@@ -1,8 +1,11 @@
-"""The mix itself: the trunk of the base and the FFNs of the experts, before anything is laid out.
+"""The mix itself: the trunk and the experts, before anything is laid out.
 
 Opens every source and checks that the experts are fine-tunes of the base: same graph, same widths, same
 number of layers. Vocabularies may differ (fine-tunes add tokens), because FFNs never see a token. All
 mismatches are reported at once, with both values side by side.
+
+Whatever of a mix is linear in its weights is folded here: gate-less attention is the mean of the experts' q, k, v
+and o, because the mean of their outputs is the output of their mean; a trunk may be the mean of the experts'.
 """
 
 from __future__ import annotations
@@ -12,11 +15,14 @@ from dataclasses import dataclass
 from itertools import repeat
 
 from moegguf.errors import UserError
-from moegguf.families import MOE_ARCHITECTURES, TensorName
-from moegguf.recipe import ExpertSpec, Layout, Recipe, RouterSpec
-from moegguf.tensor import Source, Tensor
+from moegguf.families import MOE_ARCHITECTURES, PER_LAYER_WIDTHS, TensorName
+from moegguf.quant.sums import weighted_sum
+from moegguf.recipe import TRUNK_OF_BASE, TRUNK_OF_MEAN, ExpertSpec, Layout, Mixed, Recipe
+from moegguf.routers import FFN, Router, Site, fit_into, make_router
+from moegguf.tensor import Source, Tensor, constant
 
 FFN_ROLES = ("ffn_gate", "ffn_up", "ffn_down")
+ATTENTION_ROLES = ("attn_q", "attn_k", "attn_v", "attn_output")
 
 
 @dataclass(frozen=True)
@@ -40,13 +46,24 @@ class Expert:
 
 @dataclass(frozen=True)
 class Mix:
-    """`trunk` holds every tensor of the base that is not an FFN projection, in the base's order."""
+    """`base` gives the tokenizer and the architecture, `trunk` every tensor that is not mixed, in the base's order.
+
+    In a gate-less mix with attention the trunk holds the means of the experts' attention projections.
+    """
 
     base: Source
     experts: tuple[Expert, ...]
-    router: RouterSpec
+    router: Router
     trunk: Mapping[str, Tensor]
     has_ffn_bias: bool
+    mixed: Mixed = Mixed.FFN
+    layers: tuple[int, ...] = ()
+    """The layers whose FFNs are mixed; in the others the trunk has one of its own."""
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the mix collapses into the shape of a single model: gate-less and fine-grained."""
+        return self.mixed.fine_grained and self.router.is_gateless
 
     @property
     def n_layer(self) -> int:
@@ -57,21 +74,112 @@ class Mix:
         return int(self.base.hparam("embedding_length"))
 
 
-def make_mix(recipe: Recipe, open_source: Callable[[str], Source]) -> Mix:
+def make_mix(
+    recipe: Recipe, open_source: Callable[[str], Source], router_of: Callable[[Recipe], Router | None] = lambda _: None
+) -> Mix:
     """Open the sources of a recipe, each once, and check that they fit together.
 
-    Raises one UserError with every source that cannot be opened and every mismatch.
+    `router_of` finds a router that was fitted or trained. Raises one UserError with every source that cannot be
+    opened and every mismatch.
     """
     sources = _open_all(recipe, open_source)
-    base = sources[recipe.base]
     experts = tuple(Expert(spec, sources[spec.source]) for spec in recipe.experts)
+    base = next((e.source for e in experts if e.name == recipe.trunk), sources[recipe.base])
     faults = _base_faults(base, recipe.layout)
     if not faults:
         faults = [fault for expert in experts for fault in _expert_faults(base, expert)]
+        faults += _layer_faults(base, recipe) + _trunk_faults(base, experts, recipe)
     if faults:
         raise UserError.of(faults)
-    trunk = {name: tensor for name, tensor in base.tensors.items() if TensorName.parse(name).role not in FFN_ROLES}
-    return Mix(base, experts, recipe.router, trunk, str(TensorName(0, "ffn_down", "bias")) in base.tensors)
+    layers = tuple(range(base.n_layer)) if recipe.layers is None else recipe.layers
+    router = _router(recipe, router_of(recipe), _widths(base, recipe.mixed, layers))
+    trunk = dict(_trunk(base, experts, recipe, layers, is_gateless=router.is_gateless))
+    trunk |= _trained_trunk(router, trunk)
+    has_ffn_bias = str(TensorName(0, "ffn_down", "bias")) in base.tensors
+    return Mix(base, experts, router, trunk, has_ffn_bias, recipe.mixed, layers)
+
+
+def _widths(base: Source, mixed: Mixed, layers: tuple[int, ...]) -> dict[Site, int]:
+    """Every place that has a router, and the width of what it sees."""
+    roles = FFN_ROLES if mixed.fine_grained else ()
+    roles += ATTENTION_ROLES if mixed.attention else ()
+    widths = {}
+    for layer in layers:
+        if not mixed.fine_grained:
+            widths[layer, FFN] = int(base.hparam("embedding_length"))
+        widths |= {(layer, role): base.tensors[str(TensorName(layer, role, "weight"))].n_cols for role in roles}
+    return widths
+
+
+def _router(recipe: Recipe, found: Router | None, widths: Mapping[Site, int]) -> Router:
+    if found is None:
+        return make_router(recipe.router, recipe.expert_names, widths)
+    where = recipe.router.file or f"the {found.mode} router"
+    return fit_into(found, recipe.router, recipe.expert_names, widths, where)
+
+
+def _trunk(
+    base: Source, experts: tuple[Expert, ...], recipe: Recipe, layers: tuple[int, ...], *, is_gateless: bool
+) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor that is not mixed; what is mixed by its weights alone as the sum of the experts' weights."""
+    n = len(experts)
+    for name, tensor in base.tensors.items():
+        parsed = TensorName.parse(name)
+        if parsed.role in FFN_ROLES and parsed.layer in layers:
+            continue
+        if recipe.mixed.attention and is_gateless and parsed.role in ATTENTION_ROLES and parsed.layer in layers:
+            tensor = weighted_sum(name, [e.source.tensors[name] for e in experts], [e.weight for e in experts])
+        elif recipe.trunk == TRUNK_OF_MEAN:
+            tensor = weighted_sum(name, [e.source.tensors[name] for e in experts], [1 / n] * n)
+        yield name, tensor
+
+
+def _trained_trunk(router: Router, trunk: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The trunk tensors that were trained along with a router. Raises UserError where they are of another model."""
+    for name, values in router.trunk.items():
+        found = trunk[name].shape if name in trunk else "missing"
+        if found != values.shape:
+            raise UserError(
+                f"the router was trained with {name} of shape {values.shape}, in this mix it is {found}",
+                "build the mix that it was trained on",
+            )
+    return {name: constant(name, values) for name, values in router.trunk.items()}
+
+
+def _layer_faults(base: Source, recipe: Recipe) -> list[UserError]:
+    if recipe.layers is None:
+        return []
+    if beyond := [layer for layer in recipe.layers if layer >= base.n_layer]:
+        message = f"{base.ref}: has no layer {beyond[0]}, its layers are 0 to {base.n_layer - 1}"
+        return [UserError(message, "mend layers in the recipe")]
+    has_widths = base.arch in PER_LAYER_WIDTHS or isinstance(base.hparam("feed_forward_length"), list)
+    if has_widths or len(recipe.layers) == base.n_layer or recipe.mixed.fine_grained:
+        return []
+    message = f"{base.ref}: architecture {base.arch!r} has one FFN width for all layers, so it cannot mix some of them"
+    return [UserError(message, "leave layers out")]
+
+
+def _trunk_faults(base: Source, experts: tuple[Expert, ...], recipe: Recipe) -> list[UserError]:
+    """Tensors to average that an expert lacks or has in another shape: embeddings of other vocabularies above all."""
+    names = [
+        name
+        for name in base.tensors
+        if recipe.trunk == TRUNK_OF_MEAN or (recipe.mixed.attention and TensorName.parse(name).role in ATTENTION_ROLES)
+    ]
+    faults = []
+    for expert in experts:
+        tensors = expert.source.tensors
+        wrong = [name for name in names if name not in tensors or tensors[name].shape != base.tensors[name].shape]
+        if wrong:
+            found = tensors[wrong[0]].shape if wrong[0] in tensors else "missing"
+            faults.append(
+                UserError(
+                    f"expert {expert.name} ({expert.source.ref}): {wrong[0]} is {found}, in the base "
+                    f"{base.tensors[wrong[0]].shape}, so no mean can be taken",
+                    f"choose trunk = {TRUNK_OF_BASE!r}" if recipe.trunk == TRUNK_OF_MEAN else "choose mix = 'ffn'",
+                )
+            )
+    return faults
 
 
 def _open_all(recipe: Recipe, open_source: Callable[[str], Source]) -> dict[str, Source]:

@@ -2,9 +2,16 @@
 
     [mix.NAME]
     base = "hf:org/model"                         # gives everything but the experts' FFNs
+    trunk = "base"                                # or "mean" of all experts, or the name of one
     experts = [{ name = "math", source = "hf:org/math-model", weight = 0.5, quant = "Q6_K" }, ...]
-    router = "gateless"                           # or { mode = "noisy", k = 2, std = 0.02, seed = 0 }
-    always_on = "math"                            # noisy only: this expert runs for every token
+    mix = "ffn"                                   # or ffn+attention, fine-grained, fine-grained+attention
+    layers = [0, "4-7"]                           # only these layers are mixed (default: all)
+    router = "gateless"                           # or "router.safetensors", or a table:
+                                                  # { mode = "noisy", k = 2, std = 0.02, seed = 0, shared = true }
+                                                  # { mode = "ridge", k = 2, lambda = 0.01, temperature = 0.1 }
+                                                  # { mode = "hidden", k = 2, tap = "router_input", pool = "mean" }
+    domains = { math = "math.jsonl", ... }        # text of each expert's domain: for fits, maps and evaluation
+    always_on = "math"                            # not gate-less: this expert runs for every token
     layout = "mixtral"                            # or fused, shared, auto
     quant = "Q4_K_M"                              # or { preset = "Q4_K_M", attn = "Q8_0", tensors = { REGEX = "F16" } }
     imatrix = "imatrix.gguf"                      # importance matrix of llama-imatrix, for very low bits
@@ -20,7 +27,7 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 
@@ -30,16 +37,58 @@ from moegguf.errors import UserError
 from moegguf.quant.presets import parse_type, preset
 
 DEFAULT_QUANT = "Q4_K_M"
+TRUNK_OF_BASE, TRUNK_OF_MEAN = "base", "mean"
 WEIGHT_TOLERANCE = 1e-6
 MIN_WEIGHT = 1e-6
 """An expert of no weight at all would be stored for nothing."""
 
 
 class RouterMode(StrEnum):
-    """How the experts of a layer are combined. Source: METHODS of the paper, arXiv 2408.17280."""
+    """How the experts of a layer are combined.
+
+    Sources: arXiv 2408.17280 (gate-less, noisy, trained), mergekit (hidden), arXiv 2603.29765 (ridge).
+    """
 
     GATELESS = "gateless"
     NOISY = "noisy"
+    HIDDEN = "hidden"
+    RIDGE = "ridge"
+    TRAINED = "trained"
+
+
+FITTED = frozenset({RouterMode.HIDDEN, RouterMode.RIDGE})
+"""Modes whose routers are computed from activations, by `moegguf route fit` or within a build."""
+
+
+class Mixed(StrEnum):
+    """What of a layer is mixed. Fine-grained: gate, up and down each on their own, and not whole FFNs."""
+
+    FFN = "ffn"
+    FFN_ATTENTION = "ffn+attention"
+    FINE_GRAINED = "fine-grained"
+    FINE_GRAINED_ATTENTION = "fine-grained+attention"
+
+    @property
+    def attention(self) -> bool:
+        return self in (Mixed.FFN_ATTENTION, Mixed.FINE_GRAINED_ATTENTION)
+
+    @property
+    def fine_grained(self) -> bool:
+        return self in (Mixed.FINE_GRAINED, Mixed.FINE_GRAINED_ATTENTION)
+
+
+class Tap(StrEnum):
+    """Where a hidden router looks: at what the router will see, or at what enters the layer, as mergekit does."""
+
+    ROUTER_INPUT = "router_input"
+    LAYER_INPUT = "layer_input"
+
+
+class Pool(StrEnum):
+    """What stands for a prompt: the mean over its tokens, or its last token, as mergekit has it."""
+
+    MEAN = "mean"
+    LAST = "last"
 
 
 class Layout(StrEnum):
@@ -67,17 +116,46 @@ class ExpertSpec:
     """Its share in a gate-less mix; the weights of all experts add up to 1."""
     quant: str
     """The preset that chooses the types of its FFN."""
+    positive_prompts: tuple[str, ...] = ()
+    negative_prompts: tuple[str, ...] = ()
+    """What a hidden router learns this expert's domain from."""
+
+
+@dataclass(frozen=True)
+class FitSpec:
+    """How a router is fitted: `ridge_lambda` and `temperature` are ridge's, `tap` and `pool` are hidden's."""
+
+    ridge_lambda: float = 0.01
+    temperature: float = 0.1
+    tap: Tap = Tap.ROUTER_INPUT
+    pool: Pool = Pool.MEAN
 
 
 @dataclass(frozen=True)
 class RouterSpec:
-    """`k` experts run for every token; `std` and `seed` make the white noise of a noisy router."""
+    """`k` experts run for every token; `std` and `seed` make the white noise of a noisy router.
+
+    With a `file`, that router is taken as it is: `mode` is then TRAINED until the file says better, and `k` of 0
+    leaves the number to the file. `shared` is one router for all layers.
+    """
 
     mode: RouterMode
     k: int
     std: float = 0.02
     seed: int = 0
     always_on: str | None = None
+    shared: bool = False
+    fit: FitSpec = FitSpec()
+    file: str = ""
+
+    @property
+    def is_gateless(self) -> bool:
+        return self.mode is RouterMode.GATELESS
+
+    @property
+    def is_unfitted(self) -> bool:
+        """Whether activations have to be collected before there is a router."""
+        return self.mode in FITTED
 
 
 @dataclass(frozen=True)
@@ -100,6 +178,13 @@ class Recipe:
     output: Path
     folder: Path
     """What the paths of sources are relative to."""
+    mixed: Mixed = Mixed.FFN
+    trunk: str = TRUNK_OF_BASE
+    """Which model gives what is not mixed: the base, the mean of all experts, or the expert of this name."""
+    layers: tuple[int, ...] | None = None
+    """The layers that are mixed; None is all of them."""
+    domains: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Expert → references of texts of its domain (`moegguf.texts`)."""
     imatrix: str = ""
     description: str = ""
     license: str = ""
@@ -150,11 +235,14 @@ def _overridden(table: Mapping[str, object], overrides: Mapping[str, object]) ->
     The parameters of another router mode mean nothing, so they are dropped.
     """
     old, new = {"router": RouterMode.GATELESS, **table}, dict(overrides)
-    for key, short in (("router", "mode"), ("quant", "preset")):
-        for each in (old, new):
-            if key in each and not isinstance(each[key], dict):
-                each[key] = {short: each[key]}
-    if "router" in old and "mode" in new.get("router", {}) and old["router"].get("mode") != new["router"]["mode"]:
+    for each in (old, new):
+        if not isinstance(each.get("router", {}), dict):
+            each["router"] = _Checker.router_table(each["router"])
+        if not isinstance(each.get("quant", {}), dict):
+            each["quant"] = {"preset": each["quant"]}
+    if any(
+        new.get("router", {}).get(key, old["router"].get(key)) != old["router"].get(key) for key in ("mode", "file")
+    ):
         del old["router"]
     return _on_top(new, old)
 
@@ -176,8 +264,20 @@ def parse_recipe(name: str, table: Mapping[str, object], *, where: str, folder: 
 
 
 _MISSING = object()
-_NOISE = ("k", "std", "seed")
-"""Keys of a noisy router."""
+_KEYS = (
+    "base", "trunk", "experts", "mix", "layers", "router", "domains", "always_on", "layout", "quant", "imatrix",
+    "output", "description", "license",
+)  # fmt: skip
+_ROUTER_KEYS = {
+    RouterMode.GATELESS: (),
+    RouterMode.NOISY: ("k", "std", "seed", "shared"),
+    RouterMode.HIDDEN: ("k", "shared", "tap", "pool"),
+    RouterMode.RIDGE: ("k", "shared", "lambda", "temperature"),
+}
+"""What else the table of a router of each mode may say. A trained router is a file."""
+_FILE_KEYS = ("file", "k")
+_PROMPTS = ("positive_prompts", "negative_prompts")
+_TRUNKS = (TRUNK_OF_BASE, TRUNK_OF_MEAN)
 
 
 class _Checker:
@@ -191,24 +291,18 @@ class _Checker:
         self.faults.append(UserError(f"{self.where} {key}: found {_show(found)}, allowed {allowed}", mend))
 
     def recipe(self, name: str, table: Mapping[str, object], folder: Path) -> Recipe:
-        keys = (
-            "base",
-            "experts",
-            "router",
-            "always_on",
-            "layout",
-            "quant",
-            "imatrix",
-            "output",
-            "description",
-            "license",
-        )
-        self.known_keys("", table, keys)
+        self.known_keys("", table, _KEYS)
         base = self.text("base", table.get("base", _MISSING), "name the model that all experts were tuned from")
         quant = self.quant(table.get("quant", DEFAULT_QUANT))
         experts = self.experts(table.get("experts", _MISSING), quant)
         router = self.router(table.get("router", RouterMode.GATELESS), table.get("always_on"), experts)
-        layout = self.layout(table.get("layout"), router, experts)
+        mixed = self.choice("mix", table.get("mix", Mixed.FFN), Mixed) or Mixed.FFN
+        layers = self.layers(table["layers"]) if "layers" in table else None
+        layout = self.layout(
+            table.get("layout"), router, experts, must_be_dense=mixed.fine_grained or layers is not None
+        )
+        trunk = self.trunk(table.get("trunk", TRUNK_OF_BASE), experts)
+        domains = self.domains(table.get("domains", {}), experts)
         output = self.text("output", table.get("output", f"{name}-{quant.preset}.gguf"), "name a .gguf file")
         texts = {
             key: self.text(key, table.get(key, ""), "write a string", empty=True)
@@ -219,7 +313,7 @@ class _Checker:
         if self.faults:
             raise UserError.of(self.faults)
         path = Path(os.path.expanduser(output))  # noqa: PTH111 (pathlib raises for a ~user that there is not)
-        return Recipe(name, base, experts, router, layout, quant, path, folder, **texts)
+        return Recipe(name, base, experts, router, layout, quant, path, folder, mixed, trunk, layers, domains, **texts)
 
     def known_keys(self, prefix: str, table: Mapping[str, object], keys: tuple[str, ...]) -> None:
         for key in table:
@@ -255,7 +349,7 @@ class _Checker:
         specs = []
         for i, (item, weight) in enumerate(zip(value, weights, strict=True)):
             key = f"experts[{i}]."
-            self.known_keys(key, item, ("name", "source", "weight", "quant"))
+            self.known_keys(key, item, ("name", "source", "weight", "quant", *_PROMPTS))
             name = self.text(f"{key}name", item.get("name", _MISSING), "give every expert a short name")
             if name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
                 self.fault(f"{key}name", name, "letters, digits, '.', '_' and '-'", "rename it")
@@ -264,8 +358,45 @@ class _Checker:
             names.add(name)
             source = self.text(f"{key}source", item.get("source", _MISSING), "say where its weights are")
             expert_quant = self.preset(f"{key}quant", item["quant"]) if "quant" in item else quant.preset
-            specs.append(ExpertSpec(name, source, weight, expert_quant))
+            prompts = (self.texts(f"{key}{side}", item.get(side, []), "write a list of prompts") for side in _PROMPTS)
+            specs.append(ExpertSpec(name, source, weight, expert_quant, *prompts))
         return tuple(specs)
+
+    def texts(self, key: str, value: object, mend: str) -> tuple[str, ...]:
+        """A list of strings; a single one may stand alone."""
+        items = value if isinstance(value, list) else [value]
+        return tuple(self.text(key, item, mend) for item in items)
+
+    def domains(self, value: object, experts: tuple[ExpertSpec, ...]) -> dict[str, tuple[str, ...]]:
+        if not isinstance(value, dict):
+            self.fault("domains", value, "a table of EXPERT = text file or files", 'write { math = "math.txt", … }')
+            return {}
+        names = [expert.name for expert in experts]
+        for name in value:
+            if names and name not in names:
+                self.fault(f"domains.{name}", value[name], f"a key for an expert: {', '.join(names)}", "rename it")
+        return {name: self.texts(f"domains.{name}", refs, "name a text file") for name, refs in value.items()}
+
+    def trunk(self, value: object, experts: tuple[ExpertSpec, ...]) -> str:
+        allowed = [TRUNK_OF_BASE, TRUNK_OF_MEAN, *(e.name for e in experts if e.name not in _TRUNKS)]
+        if value in allowed:
+            return str(value)
+        self.fault("trunk", value, ", ".join(allowed), "pick one of these")
+        return TRUNK_OF_BASE
+
+    def layers(self, value: object) -> tuple[int, ...]:
+        """Layer numbers from a list of numbers and ranges such as "4-7"."""
+        items = value if isinstance(value, list) else [value]
+        layers: set[int] = set()
+        for item in items:
+            match = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", str(item)) if type(item) in (int, str) else None
+            first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+            if first > last:
+                self.fault("layers", item, 'numbers of layers, and ranges such as "4-7"', "mend it, or leave it out")
+            layers |= set(range(first, last + 1))
+        if not items:
+            self.fault("layers", value, "at least one layer", "leave it out to mix all layers")
+        return tuple(sorted(layers))
 
     def weights(self, experts: list[dict]) -> list[float]:
         if not any("weight" in item for item in experts):
@@ -282,46 +413,98 @@ class _Checker:
         return numbers
 
     def router(self, value: object, always_on: object, experts: tuple[ExpertSpec, ...]) -> RouterSpec:
-        table = value if isinstance(value, dict) else {"mode": value}
-        key = "router.mode" if isinstance(value, dict) else "router"
-        mode = self.choice(key, table.get("mode", _MISSING), RouterMode)
-        if mode is None or not experts:
+        table = value if isinstance(value, dict) else self.router_table(value)
+        if "file" in table:
+            spec = self.router_of_file(table, experts)
+        else:
+            mode = self.choice("router.mode" if value is table else "router", table.get("mode", _MISSING), RouterMode)
+            spec = self.router_of_mode(mode, table, experts) if mode and experts else None
+        if spec is None:
             return RouterSpec(RouterMode.GATELESS, 1)
-        n = len(experts)
-        if mode is RouterMode.GATELESS:
-            self.known_keys("router.", table, ("mode", *_NOISE))
-            for key in filter(table.__contains__, _NOISE):
-                self.fault(f"router.{key}", table[key], "only with mode noisy", "remove it, or choose mode noisy")
-            if always_on is not None:
-                self.fault(
-                    "always_on", always_on, "only a router that picks k experts", "a gate-less mix runs them all"
-                )
-            return RouterSpec(mode, n)
-        self.known_keys("router.", table, ("mode", *_NOISE))
-        if len({expert.weight for expert in experts}) > 1:
+        if always_on is not None:
+            self.always_on(always_on, spec, experts)
+        if spec.mode is not RouterMode.GATELESS and len({expert.weight for expert in experts}) > 1:
             weights = [expert.weight for expert in experts]
             self.fault("experts.weight", weights, "only with router gateless", "remove the weights: a router decides")
-        k = self.number(
-            "router.k", table.get("k", min(2, n)), integer=True, low=1, high=n, mend=f"there are {n} experts"
-        )
-        std = self.number(
-            "router.std", table.get("std", 0.02), integer=False, low=1e-6, high=10, mend="the paper's noise is small"
-        )
-        seed = self.number(
-            "router.seed", table.get("seed", 0), integer=True, low=0, high=2**32 - 1, mend="pick another seed"
-        )
-        if always_on is not None:
-            names = [expert.name for expert in experts]
-            if always_on not in names:
-                self.fault("always_on", always_on, ", ".join(names), "name one of the experts")
-            elif k < 2:
-                self.fault("router.k", k, "at least 2 with always_on", "the always-on expert counts as one of the k")
-        return RouterSpec(mode, k, float(std), seed, always_on if isinstance(always_on, str) else None)
+        return replace(spec, always_on=always_on if isinstance(always_on, str) else None)
 
-    def layout(self, value: object, router: RouterSpec, experts: tuple[ExpertSpec, ...]) -> Layout:
+    @staticmethod
+    def router_table(value: object) -> dict[str, object]:
+        return {"file": value} if isinstance(value, str) and value.endswith(".safetensors") else {"mode": value}
+
+    def router_of_file(self, table: Mapping[str, object], experts: tuple[ExpertSpec, ...]) -> RouterSpec:
+        self.known_keys("router.", table, _FILE_KEYS)
+        file = self.text("router.file", table["file"], "name the file that `moegguf route fit` or `train` wrote")
+        return RouterSpec(RouterMode.TRAINED, self.k(table, experts) if "k" in table else 0, file=file)
+
+    def router_of_mode(
+        self, mode: RouterMode, table: Mapping[str, object], experts: tuple[ExpertSpec, ...]
+    ) -> RouterSpec | None:
+        if mode is RouterMode.TRAINED:
+            self.fault("router.mode", mode, "a trained router as { file = … }", "train one with `moegguf train`")
+            return None
+        own, all_keys = _ROUTER_KEYS[mode], dict.fromkeys(key for keys in _ROUTER_KEYS.values() for key in keys)
+        for key in table:
+            if modes := [other for other, keys in _ROUTER_KEYS.items() if key in keys and key not in own]:
+                self.fault(f"router.{key}", table[key], f"only with mode {' or '.join(modes)}", "remove it")
+        self.known_keys("router.", {key: table[key] for key in table if key not in all_keys}, ("mode", *own))
+        if mode is RouterMode.GATELESS:
+            return RouterSpec(mode, len(experts))
+        table = {key: table[key] for key in own if key in table}
+        return RouterSpec(
+            mode, self.k(table, experts), self.std(table), self.seed(table), shared=self.shared(table),
+            fit=self.fit(table),
+        )  # fmt: skip
+
+    def k(self, table: Mapping[str, object], experts: tuple[ExpertSpec, ...]) -> int:
+        n = len(experts) or 1
+        mend = f"there are {n} experts"
+        return self.number("router.k", table.get("k", min(2, n)), integer=True, low=1, high=n, mend=mend)
+
+    def std(self, table: Mapping[str, object]) -> float:
+        value, mend = table.get("std", RouterSpec.std), "the paper's noise is small"
+        return float(self.number("router.std", value, integer=False, low=1e-6, high=10, mend=mend))
+
+    def seed(self, table: Mapping[str, object]) -> int:
+        value = table.get("seed", RouterSpec.seed)
+        return self.number("router.seed", value, integer=True, low=0, high=2**32 - 1, mend="pick another seed")
+
+    def shared(self, table: Mapping[str, object]) -> bool:
+        value = table.get("shared", False)
+        if not isinstance(value, bool):
+            self.fault("router.shared", value, "true or false", "true is one router for all layers")
+        return value is True
+
+    def fit(self, table: Mapping[str, object]) -> FitSpec:
+        default = FitSpec()
+        weight, temperature = (
+            float(self.number(f"router.{key}", table.get(key, value), integer=False, low=low, high=1e6, mend=mend))
+            for key, value, low, mend in (
+                ("lambda", default.ridge_lambda, 0, "the usual value is 0.01"),
+                ("temperature", default.temperature, 1e-3, "the usual value is 0.1; smaller is sharper"),
+            )
+        )
+        tap = self.choice("router.tap", table.get("tap", default.tap), Tap) or default.tap
+        pool = self.choice("router.pool", table.get("pool", default.pool), Pool) or default.pool
+        return FitSpec(weight, temperature, tap, pool)
+
+    def always_on(self, name: object, spec: RouterSpec, experts: tuple[ExpertSpec, ...]) -> None:
+        names = [expert.name for expert in experts]
+        if spec.mode is RouterMode.GATELESS:
+            self.fault("always_on", name, "only a router that picks k experts", "a gate-less mix runs them all")
+        elif name not in names:
+            self.fault("always_on", name, ", ".join(names), "name one of the experts")
+        elif 0 < spec.k < 2:
+            self.fault("router.k", spec.k, "at least 2 with always_on", "the always-on expert counts as one of the k")
+
+    def layout(
+        self, value: object, router: RouterSpec, experts: tuple[ExpertSpec, ...], *, must_be_dense: bool
+    ) -> Layout:
         asked = None if value is None else self.choice("layout", value, Layout, extra=("auto",))
         quants = list(dict.fromkeys(expert.quant for expert in experts))
         gateless = router.mode is RouterMode.GATELESS
+        if gateless and must_be_dense:
+            return self.dense_layout(asked, quants)
         if len(quants) > 2 or (len(quants) == 2 and not self.one_group_per_quant(router, experts)):
             allowed = (
                 "one for all experts"
@@ -343,6 +526,14 @@ class _Checker:
         if asked is Layout.SHARED and not gateless and not router.always_on:
             self.fault("layout", asked, "mixtral with a router and no always_on", "name an always_on expert")
         return asked
+
+    def dense_layout(self, asked: Layout | str | None, quants: list[str]) -> Layout:
+        """The layout of gate-less mixes that only a dense FFN can hold."""
+        if asked not in (None, "auto", Layout.FUSED):
+            self.fault("layout", asked, "fused for a fine-grained mix, or one of some layers", "drop the layout")
+        if len(quants) > 1:
+            self.fault("experts.quant", quants, "one for all experts in layout fused", "give all experts one quant")
+        return Layout.FUSED
 
     @staticmethod
     def one_group_per_quant(router: RouterSpec, experts: tuple[ExpertSpec, ...]) -> bool:

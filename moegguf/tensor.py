@@ -83,8 +83,25 @@ def constant(name: str, values: np.ndarray) -> Tensor:
 
 
 @dataclass(frozen=True)
+class LowRank:
+    """What an adapter adds to one weight: scale · b @ a. a is (r, n_in); b is (n_out, r), its rows in ggml's order."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Where the weights of a LoRA expert come from: a model, and what is added to tensors of it (by GGUF name)."""
+
+    over: Source
+    deltas: Mapping[str, LowRank]
+
+
+@dataclass(frozen=True)
 class Source:
-    """A model to take weights from: an HF folder, a Hub repo, a GGUF file, a member of the demo family.
+    """A model to take weights from: an HF folder, a Hub repo, a GGUF file, an adapter over one of them.
 
     `metadata` holds the `general.*` and `<arch>.*` keys; the tokenizer's keys come from `read_vocab()`,
     because only the base's tokenizer is ever used and reading one is slow. `files` are the local files
@@ -98,6 +115,8 @@ class Source:
     tensors: Mapping[str, Tensor]
     read_vocab: Callable[[], Metadata]
     files: tuple[Path, ...] = ()
+    lora: Lora | None = None
+    """Set where `tensors` are those of another source with an adapter merged in."""
 
     @property
     def arch(self) -> str:

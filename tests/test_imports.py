@@ -94,8 +94,8 @@ def test_only_ggml_and_the_runtime_know_ctypes_and_llama_cpp():
 
 
 def test_only_training_knows_torch():
-    heavy = (":torch", ":transformers", ":safetensors")
-    assert outside(importers(*heavy), "demo.train", "reference", "routers.trained") == []
+    heavy = (":torch", ":transformers", ":peft", ":accelerate", ":datasets")
+    assert outside(importers(*heavy), "demo.train", "reference") == []
 
 
 def test_only_commands_print_and_exit():

@@ -415,9 +415,9 @@ def test_every_fault_is_named(mix, tmp_path, capsys):
     lines = [line.removeprefix("fault: ") for line in out.splitlines() if line.startswith("fault: ")]
     assert lines == [
         "the file has 4 bytes after its last tensor",
-        "blk.0.ffn_gate_inp.weight is not the router of mode gateless",
         "blk.0.ffn_up_exps.weight[0] is empty: it holds only zeros",
         "blk.1.ffn_down_exps.weight[2] holds NaN or Inf",
+        "blk.0.ffn_gate_inp.weight is not the router of mode gateless",
     ]
     assert out.rstrip().endswith("check: 4 faults")
 
@@ -433,7 +433,7 @@ def mistyped(key: str, value: object, type: GGUFValueType) -> Callable[[Path], N
 
 
 CARDS = {
-    "a newer format": (set_key("moegguf.format_version", 99), "mix format 99, this moegguf knows 1"),
+    "a newer format": (set_key("moegguf.format_version", 99), "mix format 99, this moegguf knows 2"),
     "a missing key": (rekeyed(lambda keys: keys.pop("moegguf.layout") and None), "moegguf.layout is missing"),
     "lists of different length": (set_key("moegguf.expert.weights", [0.5, 0.5]), "no lists of equal length"),
     "a list that is none": (mistyped("moegguf.expert.names", "abc", GGUFValueType.STRING), "no lists of equal length"),

@@ -125,7 +125,7 @@ FAULTS = {
     "expert name with a blank": ({"experts": [A | {"name": "a b"}]}, "experts[0].name", "'a b'", "letters, digits"),
     "expert name with a dash first": ({"experts": [A | {"name": "-a"}]}, "experts[0].name", "'-a'", "letters, digits"),
     "expert name twice": ({"experts": [A, B, A]}, "experts[2].name", "'a'", "a name that no other expert has"),
-    "unknown key": ({"expert": []}, "expert", "[]", "only the keys base, experts, router,"),
+    "unknown key": ({"expert": []}, "expert", "[]", "only the keys base, trunk, experts, mix, layers, router,"),
     "unknown key of an expert": (
         {"experts": [A | {"wieght": 1}]},
         "experts[0].wieght",

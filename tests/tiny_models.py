@@ -150,8 +150,9 @@ def write_model(
     return folder
 
 
-def write_expert(folder: Path, base: Path, seed: int, *, drift: float = 0.1) -> Path:
-    """Writes a fine-tune of `base` into `folder`: its FFN weights, and only those, moved by `drift` of their norm.
+def write_expert(folder: Path, base: Path, seed: int, *, drift: float = 0.1, tuned: str = ".mlp.") -> Path:
+    """Writes a fine-tune of `base` into `folder`: the weights with `tuned` in their name, and only those, moved by
+    `drift` of their norm.
 
     Data type and sharding are those of the base. Returns `folder`.
     """
@@ -160,7 +161,7 @@ def write_expert(folder: Path, base: Path, seed: int, *, drift: float = 0.1) -> 
     for path in sorted(folder.glob("*.safetensors")):
         tensors = read_safetensors(path)
         for name, (dtype, values) in tensors.items():
-            if ".mlp." in name:
+            if tuned in name:
                 tensors[name] = dtype, values + np.float32(drift) * _draw(random, values.shape)
         write_safetensors(path, {name: (dtype, encode(values, dtype)) for name, (dtype, values) in tensors.items()})
     return folder

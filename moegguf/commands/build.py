@@ -14,7 +14,19 @@ from rich.table import Column, Table
 from moegguf.build import Built, Plan, build, plan_build, usable_cores
 from moegguf.errors import UserError
 from moegguf.estimate import memory_to_run
-from moegguf.recipe import Layout, Recipe, RouterMode, find_recipes_file, load_recipe, parse_recipe
+from moegguf.families import TensorName
+from moegguf.mix import ATTENTION_ROLES, FFN_ROLES, Expert
+from moegguf.recipe import (
+    TRUNK_OF_BASE,
+    TRUNK_OF_MEAN,
+    Layout,
+    Mixed,
+    Recipe,
+    find_recipes_file,
+    load_recipe,
+    parse_recipe,
+)
+from moegguf.routers import Router
 
 HELP = "Mix fine-tunes of one model into a Mixture of Experts and write it as one quantised GGUF."
 MAX_THREADS = 512
@@ -23,9 +35,10 @@ examples:
   moegguf build demo                                   a recipe of models.toml
   moegguf build mymix --recipes my.toml --quant Q6_K   your own recipe file, another quant
   moegguf build --base ./base --expert math=./math --expert code=hf:org/code -o mix.gguf
+  moegguf build --base ./base --expert math=lora:./math-adapter --expert code=lora:hf:org/code-adapter -o mix.gguf
   moegguf build mymix --dry-run                        sizes and memory; reads no weights
 
-sources: a Hugging Face folder, a .gguf file, hf:org/name[@revision], demo:NAME
+sources: a Hugging Face folder, a .gguf file, hf:org/name[@revision], lora:ADAPTER[::SOURCE], demo:NAME
 """
 
 STREAMING_THREADS = 16
@@ -47,13 +60,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     mix.add_argument(
         "--router",
-        choices=[*map(str, RouterMode)],
-        help="gateless: average all experts; noisy: white noise picks k",
+        metavar="MODE|FILE",
+        help="gateless: average all experts (default); noisy: white noise picks k; ridge, hidden: fitted to --domain "
+        "texts first; FILE.safetensors: one that `moegguf route fit` or `train` wrote",
     )
-    mix.add_argument("--k", type=int, help="noisy: experts that run for each token (default: 2)")
+    mix.add_argument("--k", type=int, help="experts that run for each token, unless gateless (default: 2)")
     mix.add_argument("--std", type=float, help="noisy: standard deviation of the noise (default: 0.02)")
     mix.add_argument("--seed", type=int, help="noisy: seed of the noise (default: 0)")
-    mix.add_argument("--always-on", metavar="NAME", help="noisy: an expert that runs for every token")
+    mix.add_argument("--shared-router", action="store_true", default=None, help="one router for all layers")
+    mix.add_argument("--always-on", metavar="NAME", help="not gateless: an expert that runs for every token")
+    mix.add_argument(
+        "--domain",
+        action="append",
+        default=[],
+        metavar="NAME=TEXT",
+        help="text of an expert's domain (.txt, .jsonl), which a ridge or hidden router is fitted to",
+    )
+    mix.add_argument(
+        "--mix",
+        choices=[*map(str, Mixed)],
+        help="what is mixed: ffn (default), attention too, or gate, up and down each on its own",
+    )
+    mix.add_argument("--layers", metavar="LIST", help="gateless: mix these layers only, such as 0,4-7 (default: all)")
+    mix.add_argument(
+        "--trunk", metavar="WHICH", help="what is not mixed comes from: base (default), mean of all experts, or NAME"
+    )
     mix.add_argument(
         "--layout",
         choices=[*map(str, Layout), "auto"],
@@ -92,8 +123,9 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--threads {args.threads}: expected 1 to {MAX_THREADS}", "leave it out to use all cores")
     recipe = _recipe(args)
     stream = args.stream or args.dry_run  # a dry run downloads no weights
-    plan = plan_build(recipe, stream=stream, pre=args.pre, overwrite=args.force)
     console = Console(markup=False)
+    router = _fitted(recipe) if recipe.router.is_unfitted and not args.dry_run else None
+    plan = plan_build(recipe, router=router, stream=stream, pre=args.pre, overwrite=args.force)
     console.print(_plan_table(plan))
     _print_notes(console, plan)
     if args.dry_run:
@@ -115,12 +147,22 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     return parse_recipe(name, overrides, where="command line:", folder=Path())
 
 
+def _fitted(recipe: Recipe) -> Router:
+    from moegguf.fitting import fit_from_recipe
+
+    return fit_from_recipe(recipe)
+
+
 def _overrides(args: argparse.Namespace) -> dict[str, object]:
     """The recipe table that the flags stand for."""
     flags = {
         "base": _from_here(args.base),
         "experts": _experts(args),
+        "mix": args.mix,
+        "layers": args.layers and args.layers.split(","),
+        "trunk": args.trunk,
         "router": _router(args),
+        "domains": _domains(args),
         "always_on": args.always_on,
         "layout": args.layout,
         "quant": _quant(args),
@@ -154,8 +196,17 @@ def _experts(args: argparse.Namespace) -> list[dict] | None:
 
 
 def _router(args: argparse.Namespace) -> dict | None:
-    keys = {"mode": args.router, "k": args.k, "std": args.std, "seed": args.seed}
+    is_file = args.router and args.router.endswith(".safetensors")
+    router = {"file": _from_here(args.router)} if is_file else {"mode": args.router}
+    keys = {**router, "k": args.k, "std": args.std, "seed": args.seed, "shared": args.shared_router}
     return {key: value for key, value in keys.items() if value is not None} or None
+
+
+def _domains(args: argparse.Namespace) -> dict[str, list[str]] | None:
+    domains: dict[str, list[str]] = {}
+    for name, ref in _pairs("--domain", args.domain, "NAME=TEXT"):
+        domains.setdefault(name, []).append(_from_here(ref))
+    return domains or None
 
 
 def _quant(args: argparse.Namespace) -> dict | str | None:
@@ -176,6 +227,7 @@ def _pairs(flag: str, values: list[str], form: str) -> list[tuple[str, str]]:
 _EXAMPLE = {
     "--expert": "math=./math-model",
     "--weight": "math=0.5",
+    "--domain": "math=sums.jsonl",
     "--quant-role": "attn=Q8_0",
     "--quant-tensor": "'blk\\.0\\..*=Q6_K'",
 }
@@ -196,9 +248,13 @@ def _plan_table(plan: Plan) -> Table:
     )
     table.add_row("base", mix.base.label)
     for expert in mix.experts:
-        share = f"  weight {expert.weight:.3g}" if recipe.router.mode is RouterMode.GATELESS else ""
+        share = f"  weight {expert.weight:.3g}" if plan.card.is_gateless else ""
         table.add_row(f"expert {expert.name}", f"{expert.source.label}  {expert.spec.quant}{share}")
-    table.add_row("router", _describe_router(recipe))
+    table.add_row("router", plan.card.describe_router())
+    if recipe.mixed is not Mixed.FFN or recipe.layers is not None:
+        table.add_row("mixed", f"{recipe.mixed} in {len(mix.layers)} of {mix.n_layer} layers")
+    if recipe.trunk != TRUNK_OF_BASE:
+        table.add_row("trunk", "the mean of all experts" if recipe.trunk == TRUNK_OF_MEAN else recipe.trunk)
     table.add_row("layout", f"{recipe.layout} (architecture {plan.form.arch})")
     table.add_row("quant", f"{recipe.quant.preset}, {plan.bits_per_weight:.2f} bits per weight")
     table.add_row("size", f"{_size(plan.n_bytes)}, {plan.n_weights / 1e6:.1f} M weights, {len(plan.planned)} tensors")
@@ -208,23 +264,21 @@ def _plan_table(plan: Plan) -> Table:
     return table
 
 
-def _describe_router(recipe: Recipe) -> str:
-    router, n = recipe.router, len(recipe.experts)
-    if router.mode is RouterMode.GATELESS:
-        weighted = "weighted " * (len({expert.weight for expert in recipe.experts}) > 1)
-        return f"gateless: the {weighted}mean of {n} experts, all run for every token"
-    always = f", {router.always_on} always on" if router.always_on else ""
-    return f"noisy: {router.k} of {n} experts{always}, std {router.std:g}, seed {router.seed}"
-
-
 def _print_notes(console: Console, plan: Plan) -> None:
     recipe = plan.recipe
-    if recipe.router.mode is RouterMode.GATELESS and recipe.layout is Layout.MIXTRAL and len(recipe.experts) > 1:
+    if plan.card.is_gateless and recipe.layout is Layout.MIXTRAL and len(recipe.experts) > 1:
         console.print(
             "note: --layout fused gives the same numbers from one dense FFN: prompts run some 1.5 to 1.8 times as fast "
             "on a CPU (scripts/bench_run.py), but experts can no longer be told apart, routed or swapped",
             highlight=False,
         )
+    for expert in plan.mix.experts:
+        if unused := _unused_targets(plan, expert):
+            console.print(
+                f"note: the adapter of {expert.name} also changes {', '.join(unused)}, which this mix takes from its "
+                "trunk; a gate-less mix with --mix ffn+attention averages the attention of all experts",
+                highlight=False,
+            )
     requantised = {part.tensor.type.name for t in plan.planned for part in t.slot.parts
                    if part.tensor.is_quantised and part.tensor.type != t.type}  # fmt: skip
     if requantised:
@@ -233,6 +287,15 @@ def _print_notes(console: Console, plan: Plan) -> None:
             "which costs quality; sources in bf16 or f16 avoid that",
             highlight=False,
         )
+
+
+def _unused_targets(plan: Plan, expert: Expert) -> list[str]:
+    """What an adapter changes and the mix does not take from it, as roles such as attn_q."""
+    lora = expert.source.lora
+    mixed = {*FFN_ROLES, *(ATTENTION_ROLES if plan.recipe.mixed.attention else ())}
+    if lora is None or plan.recipe.trunk in (TRUNK_OF_MEAN, expert.name):
+        return []
+    return sorted({TensorName.parse(name).role for name in lora.deltas} - mixed)
 
 
 def _build_with_progress(plan: Plan, threads: int) -> Built:

@@ -15,6 +15,7 @@ from rich.table import Column, Table
 
 from moegguf.errors import one_line
 from moegguf.inspection import Inspection, check, inspect
+from moegguf.metadata import Card
 
 HELP = "Show what is in a GGUF: base, experts, router, layout, types and sizes. With --check, verify every byte."
 EXAMPLES = """\
@@ -74,8 +75,9 @@ def _facts(found: Inspection) -> list[tuple[str, str]]:
     else:
         facts.append(("mix", f"{card.name} (moegguf {card.tool_version})"))
         facts.append(("base", card.base))
-        facts.append(("router", _describe_router(found)))
+        facts.append(("router", card.describe_router()))
         facts.append(("layout", card.layout))
+        facts.append(("mixed", _describe_mixed(card)))
     experts = f", {found.n_expert_used} of {found.n_expert} stacked experts" if found.n_expert else ""
     facts.append(("architecture", f"{found.arch}: {found.n_layer} layers, hidden size {found.n_embd}{experts}"))
     facts.append(("context", f"{found.n_ctx} tokens"))
@@ -85,15 +87,10 @@ def _facts(found: Inspection) -> list[tuple[str, str]]:
     return facts
 
 
-def _describe_router(found: Inspection) -> str:
-    card = found.card
-    n = len(card.experts)
-    if card.is_gateless:
-        weighted = "weighted " * (len({expert.weight for expert in card.experts}) > 1)
-        return f"gateless: the {weighted}mean of {n} experts"
-    always = f", {card.always_on} always on" if card.always_on else ""
-    noise = "" if card.std is None else f", std {card.std:.6g}, seed {card.seed}"
-    return f"{card.router}: {card.k} of {n} experts{always}{noise}"
+def _describe_mixed(card: Card) -> str:
+    layers = "all layers" if card.layers is None else f"layers {', '.join(map(str, card.layers))}"
+    trunk = {"base": "", "mean": "; trunk: the mean of all experts"}.get(card.trunk, f"; trunk: {card.trunk}'s")
+    return f"{card.mixed} in {layers}{trunk}"
 
 
 def _file_type(found: Inspection) -> str:

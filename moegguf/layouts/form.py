@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-from gguf import GGMLQuantizationType, GGUFValue, GGUFValueType
+from gguf import GGUFValue, GGUFValueType
 
 from moegguf.families import TensorName
 from moegguf.mix import Expert, Mix
-from moegguf.quant import ggml
+from moegguf.quant.sums import weighted_sum
 from moegguf.tensor import Metadata, Part, Slot, Tensor
 
 Share = tuple[Expert, float]
@@ -46,12 +45,20 @@ def fuse(layer: int, role: str, name: str, shares: Sequence[Share]) -> Slot:
     return Slot(str(TensorName(layer, name, "weight")), shape, bands, _preset(shares))
 
 
+def average(layer: int, role: str, shares: Sequence[Share], kind: str = "weight") -> Slot:
+    """The sum of the experts' own projections, each times its factor: what a fine-grained mix collapses to."""
+    name = str(TensorName(layer, role, kind))
+    tensors = [expert.ffn(layer, role, kind) for expert, _ in shares]
+    total = weighted_sum(name, tensors, [factor for _, factor in shares])
+    return Slot(name, total.shape, ((Part(total),),), _preset(shares))
+
+
 def fuse_bias(layer: int, role: str, shares: Sequence[Share]) -> Slot:
     """The bias of a fused projection: gate and up side by side, down added up with its factors."""
     tensors = [expert.ffn(layer, role, "bias") for expert, _ in shares]
     name = str(TensorName(layer, role, "bias"))
     if role == "ffn_down":
-        parts = (Part(_weighted_sum(name, tensors, [factor for _, factor in shares])),)
+        parts = (Part(weighted_sum(name, tensors, [factor for _, factor in shares])),)
     else:
         parts = tuple(map(Part, tensors))
     return Slot(name, (sum(part.tensor.n_cols for part in parts),), (parts,), _preset(shares))
@@ -66,24 +73,15 @@ def _factor(role: str, factor: float) -> float:
     return factor if role == "ffn_down" else 1.0
 
 
-def _weighted_sum(name: str, tensors: Sequence[Tensor], factors: Sequence[float]) -> Tensor:
-    def read_rows(start: int, stop: int) -> np.ndarray:
-        rows = [ggml.dequantise(tensor.type, tensor.read_rows(start, stop), tensor.n_cols) for tensor in tensors]
-        total = sum(np.float32(factor) * row for factor, row in zip(factors, rows, strict=True))
-        return np.ascontiguousarray(total, "<f4").view(np.uint8)
-
-    return Tensor(name, tensors[0].shape, GGMLQuantizationType.F32, read_rows)
-
-
 def assemble(mix: Mix, ffn_slots) -> tuple[Slot, ...]:
-    """All slots in file order: the FFN slots of each layer (from `ffn_slots(layer)`) after its trunk tensors."""
+    """All slots in file order: the FFN slots of each mixed layer (`ffn_slots(layer)`) after its trunk tensors."""
     by_layer: dict[int | None, list[Slot]] = {}
     for tensor in mix.trunk.values():
         by_layer.setdefault(TensorName.parse(tensor.name).layer, []).append(copy(tensor))
     slots = by_layer.pop(None)
     for layer in range(mix.n_layer):
         slots += by_layer[layer]
-        slots += ffn_slots(layer)
+        slots += ffn_slots(layer) if layer in mix.layers else []
     return tuple(slots)
 
 

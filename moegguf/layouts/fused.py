@@ -2,34 +2,47 @@
 
 Σ a_e · down_e(act(gate_e x) ⊙ up_e x) is a single FFN whose gate and up hold all experts' rows and whose down
 holds their columns, times a_e. The architecture stays the base's, with `feed_forward_length` = Σ n_ff: no
-router and no indirect matrix product, so prompts run faster than through stacked experts.
+router and no indirect matrix product, so prompts run faster than through stacked experts. Where only some layers
+are mixed, the widths become an array, for which the graph of `llama` has a twin: `deci` (llama.cpp,
+src/models/deci.cpp). The other layers keep the trunk's FFN.
+
+A fine-grained mix averages the outputs of gate, up and down each on its own; they are linear, so that is the dense
+FFN of mean weights, as wide as one expert's.
 """
 
 from __future__ import annotations
 
-from gguf import GGUFValue
+from gguf import GGUFValue, GGUFValueType
 
-from moegguf.layouts.form import architecture_metadata, assemble, fuse, fuse_bias
+from moegguf.families import PER_LAYER_WIDTHS
+from moegguf.layouts.form import Share, architecture_metadata, assemble, average, fuse, fuse_bias
 from moegguf.mix import FFN_ROLES, Mix
 from moegguf.tensor import Form, Slot
 
 
 def lay_out(mix: Mix) -> Form:
     shares = [(expert, expert.weight) for expert in mix.experts]
-    key = f"{mix.base.arch}.feed_forward_length"
-    metadata = architecture_metadata(mix, mix.base.arch)
-    metadata[key] = _times(metadata[key], len(mix.experts))
-
-    def ffn_slots(layer: int) -> list[Slot]:
-        slots = [fuse(layer, role, role, shares) for role in FFN_ROLES]
-        if mix.has_ffn_bias:
-            slots += [fuse_bias(layer, role, shares) for role in FFN_ROLES]
-        return slots
-
-    return Form(mix.base.arch, metadata, assemble(mix, ffn_slots))
+    width = mix.base.metadata[f"{mix.base.arch}.feed_forward_length"]
+    if not mix.is_dense:
+        width = _widened(width, mix)
+    arch = PER_LAYER_WIDTHS.get(mix.base.arch, mix.base.arch) if isinstance(width.value, list) else mix.base.arch
+    metadata = architecture_metadata(mix, arch) | {f"{arch}.feed_forward_length": width}
+    return Form(arch, metadata, assemble(mix, lambda layer: _ffn_slots(mix, layer, shares)))
 
 
-def _times(value: GGUFValue, n: int) -> GGUFValue:
-    """The widths of all layers times n: a scalar, or an array where the layers of the base differ."""
-    widths = [n * width for width in value.value] if isinstance(value.value, list) else n * value.value
-    return GGUFValue(widths, value.type, value.sub_type)
+def _ffn_slots(mix: Mix, layer: int, shares: list[Share]) -> list[Slot]:
+    if mix.is_dense:
+        kinds = ("weight", "bias") if mix.has_ffn_bias else ("weight",)
+        return [average(layer, role, shares, kind) for kind in kinds for role in FFN_ROLES]
+    slots = [fuse(layer, role, role, shares) for role in FFN_ROLES]
+    return slots + ([fuse_bias(layer, role, shares) for role in FFN_ROLES] if mix.has_ffn_bias else [])
+
+
+def _widened(value: GGUFValue, mix: Mix) -> GGUFValue:
+    """The widths of mixed layers times N: a scalar, or an array where layers differ."""
+    n = len(mix.experts)
+    if not isinstance(value.value, list) and len(mix.layers) == mix.n_layer:
+        return GGUFValue(n * value.value, value.type)
+    widths = value.value if isinstance(value.value, list) else [value.value] * mix.n_layer
+    widths = [n * width if layer in mix.layers else width for layer, width in enumerate(widths)]
+    return GGUFValue(widths, GGUFValueType.ARRAY, value.sub_type or value.type)

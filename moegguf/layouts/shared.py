@@ -12,13 +12,14 @@ Always-on, with k of them active in all: shared is f_a / k, the stack carries (k
 
 from __future__ import annotations
 
+import numpy as np
 from gguf import GGUFValue, GGUFValueType
 
 from moegguf.layouts.form import Share, architecture_metadata, assemble, fuse, stack, u32
 from moegguf.layouts.mixtral import router_slot
 from moegguf.mix import FFN_ROLES, Mix
 from moegguf.quant.presets import preset_names
-from moegguf.recipe import RouterMode
+from moegguf.routers import FFN
 from moegguf.tensor import Form, Metadata, Slot
 
 ARCH = "granitemoe"
@@ -29,7 +30,8 @@ def lay_out(mix: Mix) -> Form:
     metadata = _metadata(mix, len(shared), len(routed), k)
 
     def ffn_slots(layer: int) -> list[Slot]:
-        slots = [router_slot(mix, layer, len(routed)), *(stack(layer, role, routed) for role in FFN_ROLES)]
+        matrix = np.zeros((len(routed), mix.n_embd)) if mix.router.is_gateless else mix.router.matrices[layer, FFN]
+        slots = [router_slot(matrix, layer), *(stack(layer, role, routed) for role in FFN_ROLES)]
         if shared:
             slots += [fuse(layer, role, f"{role}_shexp", shared) for role in FFN_ROLES]
         return slots
@@ -40,7 +42,7 @@ def lay_out(mix: Mix) -> Form:
 def _groups(mix: Mix) -> tuple[list[Share], list[Share], int]:
     """The shared group, the routed stack, and how many of the stack run for a token."""
     k = mix.router.k
-    if mix.router.mode is not RouterMode.GATELESS:
+    if not mix.router.is_gateless:
         shared = [(expert, 1 / k) for expert in mix.experts if expert.name == mix.router.always_on]
         routed = [(expert, (k - 1) / k) for expert in mix.experts if expert.name != mix.router.always_on]
         return shared, routed, k - 1

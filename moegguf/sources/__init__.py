@@ -29,6 +29,8 @@ class OpenOptions:
     folder: Path = Path()
     stream: bool = False
     pre: str | None = None
+    base: str | None = None
+    """What an adapter goes over, unless its reference says otherwise."""
 
 
 def open_source(ref: str, options: OpenOptions = OpenOptions()) -> Source:
