@@ -245,7 +245,7 @@ def _card(recipe: Recipe, mix: Mix) -> Card:
         seed=router.seed,
         always_on=router.always_on,
         shared=router.shared,
-        router_settings=", ".join(f"{key} {value}" for key, value in router.settings.items()),
+        settings=router.settings,
         router_digest=router.digest if router.is_stored else "",
         mixed=recipe.mixed,
         trunk=recipe.trunk,

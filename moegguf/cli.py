@@ -1,7 +1,8 @@
 """The command table, and the one place where a user error becomes a line on stderr and exit code 2.
 
-Each command is a module of `moegguf.commands` with `HELP`, `add_arguments(parser)` and `run(args) -> int`. Only the
-one that was asked for is imported, so `--help` needs neither numpy nor llama.cpp.
+Each command is a module of `moegguf.commands` with `HELP`, `add_arguments(parser)` and `run(args) -> int`, or a package
+with `HELP` and a table `COMMANDS` of its own. Only the one that was asked for is imported, so `--help` needs neither
+numpy nor llama.cpp.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import importlib
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 from moegguf import __version__
@@ -22,6 +23,7 @@ COMMANDS = {
     "build": "mix fine-tunes of one model into a single quantised MoE GGUF",
     "chat": "talk to a mix, or to any GGUF",
     "inspect": "show what is in a mix, and check that it is sound",
+    "route": "put a router into a mix, or export it",
     "recipes": "list the mixes that models.toml offers",
     "doctor": "say what this machine can run",
 }
@@ -79,14 +81,24 @@ class _Parser(argparse.ArgumentParser):
 def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     parser = _Parser(prog="moegguf", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"moegguf {__version__}")
+    _add_commands(parser, "moegguf.commands", COMMANDS, argv)
+    return parser
+
+
+def _add_commands(
+    parser: argparse.ArgumentParser, package: str, commands: Mapping[str, str], argv: Sequence[str]
+) -> None:
+    """One subparser for each command; the one that `argv` asks for is imported and adds its flags."""
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
-    asked = next((word for word in argv if not word.startswith("-")), None)
-    for name, summary in COMMANDS.items():
+    at = next((i for i, word in enumerate(argv) if not word.startswith("-")), len(argv))
+    for name, summary in commands.items():
         subparser = subparsers.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
-        if name == asked:
-            command = importlib.import_module(f"moegguf.commands.{name}")
+        if argv[at : at + 1] == [name]:
+            command = importlib.import_module(f"{package}.{name}")
             subparser.description = command.HELP
             subparser.epilog = getattr(command, "EXAMPLES", None)
-            command.add_arguments(subparser)
-            subparser.set_defaults(run=command.run)
-    return parser
+            if hasattr(command, "COMMANDS"):
+                _add_commands(subparser, command.__name__, command.COMMANDS, argv[at + 1 :])
+            else:
+                command.add_arguments(subparser)
+                subparser.set_defaults(run=command.run)

@@ -23,6 +23,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValue, GGUFValueType
 
 from moegguf.errors import UserError
+from moegguf.journal import journal_of
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -75,6 +76,10 @@ def is_gguf(path: Path) -> bool:
 
 def read_header(path: Path) -> Header:
     """Parse and check the header of `path`. Raises UserError when the file is no intact GGUF."""
+    if journal_of(path).exists():
+        raise UserError(
+            f"{path}: a change of it was interrupted, or is being made", f"run `moegguf route set {path} --recover`"
+        )
     try:
         with open(path, "rb") as file:
             size = file.seek(0, 2)

@@ -6,7 +6,8 @@ the only file that spells the keys. Build side and runtime side both use it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from gguf import GGUFValue, GGUFValueType
 
@@ -49,7 +50,7 @@ class Card:
     always_on: str | None = None
     shared: bool = False
     """Whether all layers have one router."""
-    router_settings: str = ""
+    settings: Mapping[str, str] = field(default_factory=dict)
     """How the router was fitted or trained, for people."""
     router_digest: str = ""
     """SHA-256 of the router's matrices; empty in a file that stores none."""
@@ -80,7 +81,7 @@ class Card:
             parts.append(f"std {self.std:.6g}, seed {self.seed}")
         if self.shared:
             parts.append("one for all layers")
-        return ", ".join([*parts, *filter(None, [self.router_settings])])
+        return ", ".join([*parts, *(f"{key} {value}" for key, value in self.settings.items())])
 
     def to_metadata(self) -> dict[str, GGUFValue]:
         """The keys of this card, typed. Keys of absent values are absent."""
@@ -91,6 +92,7 @@ class Card:
         def array(values: list, type: GGUFValueType) -> GGUFValue:
             return GGUFValue(values, GGUFValueType.ARRAY, type)
 
+        settings = [f"{key}={value}" for key, value in self.settings.items()]
         values = {
             "format_version": GGUFValue(FORMAT_VERSION, u32),
             "version": GGUFValue(self.tool_version, string),
@@ -102,7 +104,7 @@ class Card:
             "router.seed": None if self.seed is None else GGUFValue(self.seed, u64),
             "always_on": None if self.always_on is None else GGUFValue(self.always_on, string),
             "router.shared": GGUFValue(True, GGUFValueType.BOOL) if self.shared else None,
-            "router.settings": GGUFValue(self.router_settings, string) if self.router_settings else None,
+            "router.settings": array(settings, string) if settings else None,
             "router.digest": GGUFValue(self.router_digest, string) if self.router_digest else None,
             "mix": GGUFValue(self.mixed, string),
             "trunk": GGUFValue(self.trunk, string),
@@ -154,7 +156,7 @@ def read_card(header: Header) -> Card | None:
         seed=header.get(PREFIX + "router.seed"),
         always_on=header.get(PREFIX + "always_on"),
         shared=header.get(PREFIX + "router.shared", False),
-        router_settings=header.get(PREFIX + "router.settings", ""),
+        settings=dict(str(item).partition("=")[::2] for item in header.get(PREFIX + "router.settings", [])),
         router_digest=header.get(PREFIX + "router.digest", ""),
         mixed=get("mix"),
         trunk=get("trunk"),

@@ -190,6 +190,10 @@ class Planned:
     def name(self) -> str:
         return self.slot.name
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.slot.shape
+
     @cached_property
     def row_bytes(self) -> int:
         return row_bytes(self.type, self.slot.n_cols)

@@ -23,6 +23,7 @@ from gguf.gguf_writer import WriterState
 
 from moegguf.atomic import atomic_file
 from moegguf.errors import UserError
+from moegguf.gguf_header import TensorInfo
 from moegguf.quant import ggml
 from moegguf.quant.rows import Requantised, make_rows
 from moegguf.tensor import Metadata, Part, Planned
@@ -44,21 +45,27 @@ class Written:
     requantised: Requantised
 
 
-def header_bytes(arch: str, metadata: Metadata, planned: Sequence[Planned]) -> bytes:
+def header_bytes(arch: str, metadata: Metadata, tensors: Sequence[Planned | TensorInfo]) -> bytes:
     """The file up to its first tensor: magic, counts, metadata, tensor table and padding."""
+    header = unpadded_header_bytes(arch, metadata, tensors)
+    return header + bytes(-len(header) % ALIGNMENT)
+
+
+def unpadded_header_bytes(arch: str, metadata: Metadata, tensors: Sequence[Planned | TensorInfo]) -> bytes:
+    """The header without what aligns the first tensor."""
     writer = GGUFWriter(None, arch)
     for key, value in metadata.items():
         is_empty = value.type == GGUFValueType.ARRAY and not value.value
         if key not in ("general.architecture", "general.alignment") and not is_empty:
             writer.add_key_value(key, value.value, value.type, value.sub_type)
-    for tensor in planned:
-        writer.add_tensor_info(tensor.name, tensor.slot.shape, np.dtype("f4"), tensor.nbytes, tensor.type)
+    for tensor in tensors:
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype("f4"), tensor.nbytes, tensor.type)
     header = io.BytesIO()
     writer.fout, writer.state = [header], WriterState.EMPTY  # as if it had opened a file: it goes to memory
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    return header.getvalue() + bytes(-header.tell() % ALIGNMENT)
+    return header.getvalue()
 
 
 def data_bytes(planned: Sequence[Planned]) -> int:

@@ -16,11 +16,11 @@ import moegguf
 
 PACKAGE = Path(moegguf.__file__).parent
 BUILD_SIDE = (
-    "assign", "build", "demo", "estimate", "families", "inspection", "layouts", "mix", "quant", "recipe", "routers",
-    "sources", "tensor", "writer",
+    "assign", "build", "demo", "edit", "estimate", "families", "inspection", "layouts", "mix", "quant", "recipe",
+    "routers", "sources", "tensor", "writer",
 )  # fmt: skip
 RUNTIME = ("runtime",)
-COMMON = ("__init__", "atomic", "errors", "gguf_header", "metadata")
+COMMON = ("__init__", "atomic", "errors", "gguf_header", "journal", "metadata")
 """What both sides use."""
 ENDS = ("__main__", "cli", "commands")
 """Where users come in."""

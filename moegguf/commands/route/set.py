@@ -1,0 +1,53 @@
+"""`moegguf route set`: another router for a finished mix, in place."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+from moegguf.edit import named_router, read_mix, router_of, set_router
+from moegguf.journal import locked
+from moegguf.recipe import RouterSpec
+from moegguf.routers.file import write_router
+
+HELP = """\
+Replace the router inside a finished mix: in place, in a moment, nothing is quantised again.
+
+The router that was there is kept beside the mix, in MIX.old-router.safetensors; --undo sets it again, which restores
+every byte. A crash in the middle leaves the old router: --recover puts back what was half written.
+"""
+EXAMPLES = """\
+examples:
+  moegguf route set mix.gguf --router router.safetensors     one that `route fit` or `train` wrote
+  moegguf route set mix.gguf --router noisy:7 --k 2          white noise of seed 7
+  moegguf route set mix.gguf --router gateless               the mean of all experts
+  moegguf route set mix.gguf --undo
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="MIX", help="a mix in layout mixtral, or shared with always_on")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--router", metavar="ROUTER", help="FILE.safetensors, gateless, noisy or noisy:SEED")
+    what.add_argument("--undo", action="store_true", help="set the router that the last change replaced")
+    what.add_argument("--recover", action="store_true", help="put back what an interrupted change left half written")
+    parser.add_argument("--k", type=int, help="experts that run for each token (default: the router's; noisy: 2)")
+    parser.add_argument("--std", type=float, help=f"noisy: standard deviation (default: {RouterSpec.std})")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.recover:
+        with locked(args.file):
+            print(f"{args.file} is whole")
+        return 0
+    start = time.monotonic()
+    mix = read_mix(args.file)
+    kept = args.file.with_name(f"{args.file.name}.old-router.safetensors")
+    router = named_router(mix, str(kept) if args.undo else args.router, args.k, args.std)
+    old = router_of(mix)
+    write_router(kept, old)
+    set_router(mix, router)
+    print(f"{args.file}: {read_mix(args.file).card.describe_router()} ({time.monotonic() - start:.2f} s)")
+    print(f"the old router ({old.mode}) is in {kept}; to set it again: moegguf route set {args.file} --undo")
+    return 0
