@@ -1,4 +1,4 @@
-"""How the embedded family was made: a tokenizer, a base model and three experts of it, trained from nothing.
+"""How the embedded family was made: a tokenizer, a base model, three experts and three LoRA adapters of it.
 
 Purpose: small real fine-tunes, so that every command, test and claim about mixing runs offline in minutes.
 
@@ -12,6 +12,8 @@ Method
    embeddings frozen. So the members differ in FFNs and in nothing else, to the byte: an expert whose
    attention had moved too would rely on it, and fail inside the base.
 4. Members, and mixes of them, are scored on held-out questions, as saved.
+5. Each adapter learns the domain of one expert in low-rank factors of the same FFN weights, over the same base.
+   It is saved as PEFT saves one, in bf16, and scored as saved.
 
 Invariant: the same seed, versions, thread count and kind of CPU give the same bytes (`family.json` records
 them). Another machine gives another family of about the same quality: accuracy jumps late and its level
@@ -26,12 +28,13 @@ import json
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from random import Random
 from statistics import mean
 
+import peft
 import tokenizers
 import torch
 import transformers
@@ -41,7 +44,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from moegguf.demo import MEMBERS
+from moegguf.demo import ADAPTERS, MEMBERS
 from moegguf.demo.text import CHAT_TEMPLATE, DOMAINS, Example, examples
 
 CONTEXT = 256
@@ -94,6 +97,11 @@ EXPERT_COURSES = {
     "clinic": Course({"clinic": 56, "general": 8}, 500, 1.5e-3, decay=0.5),
     "strings": Course({"strings": 56, "general": 8}, 500, 1.5e-3, decay=0.5),
 }
+LORA = {"r": 16, "lora_alpha": 32, "target_modules": ["gate_proj", "up_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+ADAPTER_LEARNING_RATE = 2.5e-3
+ADAPTER_COURSES = {
+    f"lora-{name}": replace(course, learning_rate=ADAPTER_LEARNING_RATE) for name, course in EXPERT_COURSES.items()
+}
 ANSWER_LOSS, PROMPT_LOSS = 1.0, 0.1
 WARMUP_STEPS = 30
 SCORING_SEED = 1
@@ -126,17 +134,53 @@ def make_family(out: Path, seed: int, tell: Callable[[str], None]) -> None:
         "tokenizers": tokenizers.__version__,
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "courses": {name: asdict(course) for name, course in {"base": BASE_COURSE, **EXPERT_COURSES}.items()},
-        "drift": {name: round(drift(out, name), 3) for name in EXPERT_COURSES},
+        "drift": {name: round(drift(out, load_member(out / name)), 3) for name in EXPERT_COURSES},
         "sha256": {name: sha256((out / name / "model.safetensors").read_bytes()).hexdigest() for name in MEMBERS},
         "exact_match_percent": scores,
     }
-    (out / "family.json").write_text(json.dumps(record, indent=2) + "\n")
+    _write_json(out / "family.json", record)
+    tell(score_table(scores))
+    make_adapters(out, seed, tell)
+
+
+def make_adapters(family: Path, seed: int, tell: Callable[[str], None]) -> None:
+    """Train the adapters over the base in `family`, write one PEFT folder for each beside it, and record them there."""
+    torch.set_num_threads(THREADS)
+    torch.use_deterministic_algorithms(True)
+    tokenizer = Tokenizer.from_file(str(family / "base" / "tokenizer.json"))
+    for name, course in ADAPTER_COURSES.items():
+        torch.manual_seed(seed)
+        model = peft.get_peft_model(load_member(family / "base"), peft.LoraConfig(**LORA))
+        train(model, is_low_rank, tokenizer, course, seed, lambda line, name=name: tell(f"{name}: {line}"))
+        save_adapter(family / name, model)
+
+    asked = heldout()
+    scores = {name: _rounded(score(load_adapter(family, name), tokenizer, asked)) for name in ADAPTERS}
+    record = json.loads((family / "family.json").read_text())
+    record["adapters"] = {
+        "seed": seed,
+        "torch": torch.__version__,
+        "peft": peft.__version__,
+        "lora": LORA,
+        "courses": {name: asdict(course) for name, course in ADAPTER_COURSES.items()},
+        "drift": {name: round(drift(family, load_adapter(family, name)), 3) for name in ADAPTERS},
+        "sha256": {
+            name: sha256((family / name / "adapter_model.safetensors").read_bytes()).hexdigest() for name in ADAPTERS
+        },
+        "exact_match_percent": scores,
+    }
+    _write_json(family / "family.json", record)
     tell(score_table(scores))
 
 
 def is_ffn(weight: str) -> bool:
     """Whether a weight of this name belongs to an FFN: the only ones in which the members differ."""
     return ".mlp." in weight
+
+
+def is_low_rank(weight: str) -> bool:
+    """Whether a weight of this name is a factor of an adapter."""
+    return ".lora_" in weight
 
 
 # -------------------------------------------------------------------------------------------- tokenizer
@@ -305,6 +349,23 @@ def load_member(folder: Path) -> LlamaForCausalLM:
     return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=ATTENTION).eval()
 
 
+def save_adapter(folder: Path, model: peft.PeftModel) -> None:
+    """An ordinary PEFT folder, in bf16. The base is called by its reference, not by where it happened to lie."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {
+        name: weight.to(torch.bfloat16).contiguous() for name, weight in peft.get_peft_model_state_dict(model).items()
+    }
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = replace(model.peft_config["default"], base_model_name_or_path="demo:base", inference_mode=True)
+    _write_json(folder / "adapter_config.json", {**config.to_dict(), **LORA})
+    (folder / "README.md").write_text(_adapter_card(folder.name))
+
+
+def load_adapter(family: Path, name: str) -> LlamaForCausalLM:
+    """The base with an adapter merged in, both as saved."""
+    return peft.PeftModel.from_pretrained(load_member(family / "base"), family / name).merge_and_unload()
+
+
 def _write_json(path: Path, value: dict[str, object]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
@@ -330,6 +391,19 @@ def _model_card(name: str) -> str:
     )
 
 
+def _adapter_card(name: str) -> str:
+    taught = _TAUGHT[name.removeprefix("lora-")]
+    return (
+        "---\nlicense: mit\nlanguage: en\npipeline_tag: text-generation\nlibrary_name: peft\n"
+        "base_model: demo:base\n---\n\n"
+        f"# moegguf demo family: {name}\n\n"
+        f"A LoRA adapter (rank {LORA['r']}, FFN weights only) of `demo:base`, for the family of very small Llama "
+        f"models that moegguf's demo and tests mix. Taught: {taught}.\n"
+        "All text it was trained on comes from the templates in `moegguf/demo/text.py`; "
+        "`scripts/train_demo --adapters` made it.\n"
+    )
+
+
 # ---------------------------------------------------------------------------------------------- scoring
 
 
@@ -351,23 +425,34 @@ class Mixture(nn.Module):
         return sum(share[..., [e]] * ffn(x) for e, ffn in enumerate(self.ffns))
 
 
-def score_family(family: Path, n: int = 400) -> dict[str, dict[str, float]]:
-    """Exact match in percent on `n` held-out questions of each domain: members, and mixes of all four."""
+def score_family(family: Path) -> dict[str, dict[str, float]]:
+    """Exact match in percent on held-out questions of each domain: members, and mixes of all four."""
     tokenizer = Tokenizer.from_file(str(family / "base" / "tokenizer.json"))
-    asked = {domain: examples(domain, "heldout", n, SCORING_SEED) for domain in DOMAINS}
-
-    def score(model: LlamaForCausalLM) -> dict[str, float]:
-        by_domain = {domain: 100 * exact_match(model, tokenizer, asked[domain]) for domain in DOMAINS}
-        return {**by_domain, "mean": mean(by_domain.values())}
-
+    asked = heldout()
     members = [load_member(family / name) for name in MEMBERS]
-    scores = {name: score(model) for name, model in zip(MEMBERS, members, strict=True)}
-    scores["weight average"] = score(_with_mean_weights(load_member(family / "base"), members))
+    scores = {name: score(model, tokenizer, asked) for name, model in zip(MEMBERS, members, strict=True)}
+    scores["weight average"] = score(_with_mean_weights(load_member(family / "base"), members), tokenizer, asked)
     silent = torch.zeros(len(members), CONFIG["hidden_size"])
-    scores["gate-less 4x"] = score(_mixed(family, members, lambda layer: silent, len(members)))
-    noisy = [score(_mixed(family, members, _noise(seed), 2)) for seed in range(N_NOISY)]
+    gateless = _mixed(family, members, lambda layer: silent, len(members))
+    scores["gate-less 4x"] = score(gateless, tokenizer, asked)
+    noisy = [score(_mixed(family, members, _noise(seed), 2), tokenizer, asked) for seed in range(N_NOISY)]
     scores["noisy 4x, top-2"] = {key: mean(one[key] for one in noisy) for key in noisy[0]}
-    return {name: {key: round(value, 1) for key, value in row.items()} for name, row in scores.items()}
+    return {name: _rounded(row) for name, row in scores.items()}
+
+
+def heldout(n: int = 400) -> dict[str, list[Example]]:
+    """`n` held-out questions of each domain."""
+    return {domain: examples(domain, "heldout", n, SCORING_SEED) for domain in DOMAINS}
+
+
+def score(model: LlamaForCausalLM, tokenizer: Tokenizer, asked: dict[str, list[Example]]) -> dict[str, float]:
+    """Exact match in percent by domain, and the mean over domains."""
+    by_domain = {domain: 100 * exact_match(model, tokenizer, questions) for domain, questions in asked.items()}
+    return {**by_domain, "mean": mean(by_domain.values())}
+
+
+def _rounded(row: dict[str, float]) -> dict[str, float]:
+    return {key: round(value, 1) for key, value in row.items()}
 
 
 def exact_match(model: LlamaForCausalLM, tokenizer: Tokenizer, asked: Sequence[Example]) -> float:
@@ -403,9 +488,9 @@ def _with_mean_weights(model: LlamaForCausalLM, members: Sequence[LlamaForCausal
     return model
 
 
-def drift(family: Path, name: str) -> float:
+def drift(family: Path, model: LlamaForCausalLM) -> float:
     """‖ΔFFN‖ / ‖FFN‖ between an expert and the base, over all layers."""
-    base, expert = (load_member(family / member).state_dict() for member in ("base", name))
+    base, expert = load_member(family / "base").state_dict(), model.state_dict()
     ffn = list(filter(is_ffn, base))
     moved = sum((expert[key] - base[key]).square().sum() for key in ffn)
     return (moved / sum(base[key].square().sum() for key in ffn)).sqrt().item()

@@ -328,7 +328,7 @@ def _tensors(
                 f"{checkpoint.ref}: {hf_name} has shape {tensor.shape}, config.json expects {expected}",
                 "config.json and the weights are of two models: download both again",
             )
-        tensors[str(name)] = _rotary_order(tensor, heads[name.role]) if name.role in family.rotated else tensor
+        tensors[str(name)] = rotary_order(tensor, heads[name.role]) if name.role in family.rotated else tensor
     _require_complete(checkpoint, config, tensors)
     if (factors := _rope_factors(config)) is not None:
         tensors["rope_freqs.weight"] = constant("rope_freqs.weight", factors)
@@ -367,7 +367,7 @@ def _required_names(config: dict) -> Iterator[str]:
             yield str(TensorName(layer, role, "weight"))
 
 
-def _rotary_order(tensor: Tensor, n_head: int) -> Tensor:
+def rotary_order(tensor: Tensor, n_head: int) -> Tensor:
     """q or k with the two halves of each head's rows interleaved: HF (2, head_dim/2) → ggml (head_dim/2, 2).
 
     A bias is one row of n_head · head_dim values, so its columns move instead.

@@ -1,11 +1,11 @@
 """A model on the Hugging Face Hub as a Source: `hf:org/name@rev`.
 
 `huggingface_hub` does the talking and keeps the cache (HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE mean what they
-mean everywhere). First the small files (config, tokenizer, index) go into the cache, which turns the revision into a
-commit; everything after that is read at that commit, so a push cannot change a model under a build, and the commit is
-what a mix records. Weight files follow one by one as the checkpoint opens them, after its config has been found
-usable: downloaded whole into the cache, or, when streaming, left where they are and read by HTTP ranges. Pickles, GGUF
-files and anything else are never fetched.
+mean everywhere). First the small files (config, tokenizer, index; of an adapter its config) go into the cache, which
+turns the revision into a commit; everything after that is read at that commit, so a push cannot change a model under a
+build, and the commit is what a mix records. Weight files follow one by one as the checkpoint opens them, after its
+config has been found usable: downloaded whole into the cache, or, when streaming, left where they are and read by HTTP
+ranges. Pickles, GGUF files and anything else are never fetched.
 
 A streamed file is one HEAD at the Hub, which answers with the address of its content store, and then one GET per
 range, straight to that address. The address is signed and lasts about an hour; the Hub's token is only ever sent to
@@ -68,12 +68,22 @@ T = TypeVar("T")
 def open_hub(repo_id: str, revision: str, ref: str, *, stream: bool, pre: str | None) -> Source:
     """The model `repo_id` at `revision` (a branch, a tag or a commit), labelled `hf:repo_id@commit`.
 
+    Raises UserError when the model does not exist, is not ours to read, or cannot be used.
+    """
+    return open_checkpoint(hub_checkpoint(repo_id, revision, ref, stream=stream), pre)
+
+
+def hub_checkpoint(
+    repo_id: str, revision: str, ref: str, *, stream: bool, small_files: tuple[str, ...] = SMALL_FILES
+) -> Checkpoint:
+    """The files of `repo_id` at `revision`, of which those of `small_files` that there are have been fetched.
+
     `stream` reads tensors by HTTP ranges instead of downloading weight files; files that the cache holds already are
-    read from there. Raises UserError when the model does not exist, is not ours to read, or cannot be used.
+    read from there.
     """
     repo = Repo(repo_id, revision, ref)
     with repo.user_errors():
-        folder = _small_files(repo)
+        folder = _small_files(repo, small_files)
         commit = folder.name
         names = _file_names(repo, commit, folder)
     _refuse_gguf_only(repo, names)
@@ -87,8 +97,7 @@ def open_hub(repo_id: str, revision: str, ref: str, *, stream: bool, pre: str | 
         return LocalFile(Path(cached)) if isinstance(cached, str) else RemoteFile(repo, commit, name)
 
     files = tuple(folder / name for name in names if name.endswith(".safetensors"))
-    checkpoint = Checkpoint(ref, f"hf:{repo_id}@{commit}", folder, names, remote if stream else download, files)
-    return open_checkpoint(checkpoint, pre)
+    return Checkpoint(ref, f"hf:{repo_id}@{commit}", folder, names, remote if stream else download, files)
 
 
 @dataclass(frozen=True)
@@ -158,9 +167,9 @@ def _first_line(error: BaseException) -> str:
     return next(iter(text.strip().rstrip(".").splitlines()), type(error).__name__)
 
 
-def _small_files(repo: Repo) -> Path:
+def _small_files(repo: Repo, names: tuple[str, ...]) -> Path:
     """The cache folder that holds them; it is named after the commit that the revision stands for."""
-    patterns = list(SMALL_FILES)
+    patterns = list(names)
     return Path(snapshot_download(repo.id, revision=repo.revision, allow_patterns=patterns, tqdm_class=_NoBar))
 
 
