@@ -14,7 +14,7 @@ from gguf import GGUFValue, GGUFValueType
 from moegguf.errors import UserError
 from moegguf.gguf_header import Header
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 1
 PREFIX = "moegguf."
 SPARE = PREFIX + "spare"
 SPARE_BYTES = 1024
@@ -158,11 +158,13 @@ def read_card(header: Header) -> Card | None:
         shared=header.get(PREFIX + "router.shared", False),
         settings=dict(str(item).partition("=")[::2] for item in header.get(PREFIX + "router.settings", [])),
         router_digest=header.get(PREFIX + "router.digest", ""),
-        mixed=get("mix"),
-        trunk=get("trunk"),
+        mixed=header.get(PREFIX + "mix", Card.mixed),
+        trunk=header.get(PREFIX + "trunk", Card.trunk),
         layers=None if (layers := header.get(PREFIX + "layers")) is None else tuple(layers),
     )
     for key, expected in card.to_metadata().items():
+        if key not in header.fields:  # a file of before there was such a key
+            continue
         found = header.value(key)
         if (found.type, found.sub_type) != (expected.type, expected.sub_type):
             raise UserError(

@@ -17,9 +17,10 @@ import pytest
 
 from moegguf.cli import main
 from moegguf.errors import UserError
-from moegguf.runtime.chat import PLAIN, ChatTemplate, Conversation, Turn, load, save
+from moegguf.runtime.chat import Conversation, Turn, load, save
 from moegguf.runtime.model import Model, RunOptions, open_model
 from moegguf.runtime.sampling import Sampling
+from moegguf.runtime.template import PLAIN, ChatTemplate, Message
 from tiny_gguf import TEMPLATE, TURN, babbling, card, repeating, saying, write_gguf
 
 ROOT = Path(__file__).parents[1]
@@ -140,7 +141,7 @@ def test_an_empty_prompt_is_refused(tmp_path, text):
 def test_the_token_that_a_template_writes_after_an_answer_ends_it(tmp_path):
     template = TEMPLATE.replace("<|end|>", "<|turn|>")
     with a_model(tmp_path, saying("xyz", end=TURN), template=template) as model:
-        assert not model.ends_answer(TURN)
+        assert not model.vocab.ends_answer(TURN)
         conversation = Conversation(model, sampling=GREEDY)
         assert "".join(conversation.answer("hi")) == "xyz"
         assert (conversation.stats.end, conversation.stats.generated_tokens) == ("stop", 3)
@@ -154,6 +155,12 @@ def test_a_file_without_a_template_continues_the_text(tmp_path):
 
 
 # --- templates ---
+
+
+def talk(*contents: str, system: str = "") -> list[Message]:
+    """Messages of user and assistant in turn, after a system message where one is given."""
+    spoken = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+    return [{"role": "system", "content": system}, *spoken] if system else spoken
 
 
 @pytest.mark.parametrize(
@@ -173,7 +180,7 @@ def test_a_file_without_a_template_continues_the_text(tmp_path):
 )
 def test_a_template_cannot_leave_its_sandbox(source):
     with pytest.raises(UserError, match="chat template"):
-        ChatTemplate(source, "", "").render("", [], "hello")
+        ChatTemplate(source, "", "").prompt(talk("hello"))
 
 
 def test_templates_may_use_what_transformers_gives_them():
@@ -182,18 +189,23 @@ def test_templates_may_use_what_transformers_gives_them():
         "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}{% continue %}{% endif %}"
         "{% endfor %}{% if tools is none %}!{% endif %}"
     )
-    text = ChatTemplate(source, "", "").render("", [Turn("é", "b")], "c")
+    text = ChatTemplate(source, "", "").prompt(talk("é", "b", "c"))
     assert text.startswith('4{"role": "user", "content": "é"}') and text.endswith("!")
 
 
 def test_a_system_text_goes_into_the_first_question_where_a_template_takes_none():
     refusing = ChatTemplate(MISTRAL_LIKE, "<s>", "</s>")
     assert not refusing.takes_system
-    assert refusing.render("be kind", [Turn("a", "b")], "c") == "<s>[INST] be kind\n\na [/INST]b</s>[INST] c [/INST]"
+    assert (
+        refusing.prompt(talk("a", "b", "c", system="be kind")) == "<s>[INST] be kind\n\na [/INST]b</s>[INST] c [/INST]"
+    )
     ignoring = ChatTemplate("{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}", "", "")
-    assert ignoring.render("be kind", [], "hello") == "be kind\n\nhello"
-    assert ChatTemplate(TEMPLATE, "", "").render("be kind", [], "hi") == "<|system|>be kind<|user|>hi<|assistant|>"
-    assert ChatTemplate(PLAIN, "", "").render("be kind", [Turn("a", "b")], "c") == "be kind\na\nb\nc"
+    assert ignoring.prompt(talk("hello", system="be kind")) == "be kind\n\nhello"
+    assert (
+        ChatTemplate(TEMPLATE, "", "").prompt(talk("hi", system="be kind"))
+        == "<|system|>be kind<|user|>hi<|assistant|>"
+    )
+    assert ChatTemplate(PLAIN, "", "").prompt(talk("a", "b", "c", system="be kind")) == "be kind\na\nb\nc"
 
 
 def test_what_follows_an_answer_is_read_from_the_template():

@@ -433,7 +433,7 @@ def mistyped(key: str, value: object, type: GGUFValueType) -> Callable[[Path], N
 
 
 CARDS = {
-    "a newer format": (set_key("moegguf.format_version", 99), "mix format 99, this moegguf knows 2"),
+    "a newer format": (set_key("moegguf.format_version", 99), "mix format 99, this moegguf knows 1"),
     "a missing key": (rekeyed(lambda keys: keys.pop("moegguf.layout") and None), "moegguf.layout is missing"),
     "lists of different length": (set_key("moegguf.expert.weights", [0.5, 0.5]), "no lists of equal length"),
     "a list that is none": (mistyped("moegguf.expert.names", "abc", GGUFValueType.STRING), "no lists of equal length"),

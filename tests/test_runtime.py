@@ -35,10 +35,10 @@ def failure(path: Path, options: RunOptions = ONE_THREAD) -> str:
 
 def test_the_tokens_follow_the_weights_in_the_file(tmp_path):
     with open_model(write_gguf(tmp_path / "m.gguf", saying("xyz")), ONE_THREAD) as model:
-        tokens = list(islice(model.generate(model.tokenize_prompt("<|user|>q<|assistant|>"), GREEDY), 4))
-        assert b"".join(map(model.piece, tokens)) == b"xyz"
+        tokens = list(islice(model.generate(model.vocab.tokenize_prompt("<|user|>q<|assistant|>"), GREEDY), 4))
+        assert b"".join(map(model.vocab.piece, tokens)) == b"xyz"
         assert tokens[-1] == END
-        assert [model.ends_answer(token) for token in tokens] == [False, False, False, True]
+        assert [model.vocab.ends_answer(token) for token in tokens] == [False, False, False, True]
 
 
 def test_a_truncated_file_is_refused_before_llama_cpp_sees_it(tmp_path):
@@ -132,15 +132,15 @@ def test_the_context_is_the_models_own_unless_asked_otherwise(tmp_path):
 
 def test_a_piece_longer_than_the_bindings_buffer_is_whole(tmp_path):
     with open_model(write_gguf(tmp_path / "m.gguf", saying("a"), word="w" * 100)) as model:
-        assert model.piece(WORD) == b"w" * 100
-        assert model.piece(END) == b""
+        assert model.vocab.piece(WORD) == b"w" * 100
+        assert model.vocab.piece(END) == b""
 
 
 def test_the_same_seed_gives_the_same_tokens_and_another_gives_others(tmp_path):
     with open_model(write_gguf(tmp_path / "m.gguf", babbling()), ONE_THREAD) as model:
 
         def say(seed: int) -> list[int]:
-            return list(islice(model.generate(model.tokenize("hello"), Sampling(temp=1, seed=seed)), 30))
+            return list(islice(model.generate(model.vocab.tokenize("hello"), Sampling(temp=1, seed=seed)), 30))
 
         assert say(1) == say(1)
         assert say(1) != say(2)
@@ -149,26 +149,26 @@ def test_the_same_seed_gives_the_same_tokens_and_another_gives_others(tmp_path):
 
 def test_greedy_needs_no_seed(tmp_path):
     with open_model(write_gguf(tmp_path / "m.gguf", babbling()), ONE_THREAD) as model:
-        first, second = (list(islice(model.generate(model.tokenize("hi"), GREEDY), 20)) for _ in range(2))
+        first, second = (list(islice(model.generate(model.vocab.tokenize("hi"), GREEDY), 20)) for _ in range(2))
         assert first == second
 
 
 def test_ctrl_c_stops_a_long_prompt_in_the_midst_of_its_batch(tmp_path):
     path = write_gguf(tmp_path / "m.gguf", saying("yes"))
     with open_model(path, RunOptions(ctx=40_000, batch=40_000)) as model:
-        prompt = model.tokenize("a b " * 9_000)
+        prompt = model.vocab.tokenize("a b " * 9_000)
         threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
         with pytest.raises(KeyboardInterrupt):
             next(model.generate(prompt, GREEDY))
         assert model.llama.n_tokens == 0, "the batch was not cut short"
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        after = list(islice(model.generate(model.tokenize("<|assistant|>"), GREEDY), 3))
-        assert b"".join(map(model.piece, after)) == b"yes"
+        after = list(islice(model.generate(model.vocab.tokenize("<|assistant|>"), GREEDY), 3))
+        assert b"".join(map(model.vocab.piece, after)) == b"yes"
 
 
 def test_only_what_is_new_in_a_prompt_is_evaluated(tmp_path):
     with open_model(write_gguf(tmp_path / "m.gguf", repeating("ab")), ONE_THREAD) as model:
-        prompt = model.tokenize("one two three")
+        prompt = model.vocab.tokenize("one two three")
         assert model.n_cached(prompt) == 0
         said = list(islice(model.generate(prompt, GREEDY), 4))
         assert model.n_cached(prompt) == len(prompt) - 1, "the last token is always evaluated, for its logits"

@@ -1,5 +1,8 @@
 """`moegguf chat`: talk to a GGUF in the terminal, or ask it one question in a pipe.
 
+With `--engine torch` it is a recipe instead of a file, computed by the reference in PyTorch: mixes that no GGUF holds
+can be talked to as well.
+
 At a terminal: a header that says what the file is, then questions and streamed answers; a line that starts with
 `/` is a command. Ctrl-C stops an answer, Ctrl-D leaves. With `--prompt`, or with something else than a terminal
 on stdin, stdout gets the answer and nothing but the answer. What a model or a file says is stripped of control
@@ -11,16 +14,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moegguf.errors import UserError
 from moegguf.runtime.sampling import DEFAULTS, SETTINGS, suggested_by_file
 
 if TYPE_CHECKING:
-    from moegguf.runtime.chat import Conversation, Stats
+    from moegguf.runtime.chat import Conversation, Engine, Stats
     from moegguf.runtime.model import Model, RunOptions
 
 HELP = "Talk to a mix, or to any GGUF that llama.cpp runs."
@@ -30,6 +33,7 @@ examples:
   moegguf chat mix.gguf --prompt "What is 6 times 7?"      one answer on stdout
   git diff | moegguf chat mix.gguf --system "Review this." a prompt from a pipe
   moegguf chat mix.gguf --temp 0                           the likeliest words, the same each time
+  moegguf chat mymix --engine torch --recipes my.toml      a recipe that no GGUF holds, in PyTorch
 """
 
 _END_NOTES = {
@@ -40,12 +44,24 @@ _END_NOTES = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", type=Path, help="the GGUF file; of a split file, the first part")
+    parser.add_argument(
+        "model", type=Path, help="the GGUF file (first part of a split one); for --engine torch a recipe"
+    )
     parser.add_argument(
         "-p", "--prompt", metavar="TEXT", help="answer this one prompt on stdout and leave; - reads it from stdin"
     )
     parser.add_argument("--stats", action="store_true", help="with --prompt: tokens and speed, on stderr")
     parser.add_argument("-s", "--system", metavar="TEXT", default="", help="how the model is to behave, in words")
+
+    parser.add_argument(
+        "--engine",
+        choices=tuple(_OPENERS),
+        default="llama",
+        help="torch: compute a recipe in PyTorch, from its sources, even one that no GGUF holds (default: llama)",
+    )
+    parser.add_argument(
+        "--recipes", type=Path, metavar="FILE", help="for --engine torch: recipes file (default: moegguf's models.toml)"
+    )
 
     machine = parser.add_argument_group("machine")
     machine.add_argument(
@@ -60,6 +76,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     machine.add_argument(
         "--experts-used", metavar="K", help="experts per token, in place of the file's number; gate-less takes all"
+    )
+    machine.add_argument(
+        "--adapter", metavar="FILE", type=Path, help="run with this LoRA GGUF, say a router from `moegguf route export`"
     )
     machine.add_argument("--no-mmap", action="store_true", help="read the file into memory first instead of mapping it")
     machine.add_argument("--mlock", action="store_true", help="keep the weights from being swapped out")
@@ -77,20 +96,62 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Chat, or answer one prompt. Raises UserError; KeyboardInterrupt leaves through it where no chat is going on."""
     prompt = _prompt(args.prompt)
-    options = _run_options(args)
-    _warn_without_gpu(options)
 
     from moegguf.runtime.chat import Conversation
-    from moegguf.runtime.model import open_model
 
-    with open_model(args.model, options) as model:
-        sampling = suggested_by_file(model.header.get).merged(vars(args))
-        conversation = Conversation(model, system=args.system, sampling=sampling)
+    with _OPENERS[args.engine](args) as opened:
+        sampling = suggested_by_file(opened.value).merged(vars(args))
+        conversation = Conversation(opened.engine, system=args.system, sampling=sampling)
         if prompt is None:
-            _Session(conversation).run()
+            _Session(conversation, opened.about).run()
         else:
             _answer_once(conversation, prompt, show_stats=args.stats)
     return 0
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A model to talk to: `value` gives that of a metadata key or None, `about` says what it is."""
+
+    engine: Engine
+    value: Callable[[str], Any]
+    about: list[str]
+
+
+@contextlib.contextmanager
+def _open_gguf(args: argparse.Namespace) -> Iterator[_Opened]:
+    if args.recipes:
+        raise UserError("--recipes is for --engine torch only", "leave it out")
+    options = _run_options(args)
+    _warn_without_gpu(options)
+
+    from moegguf.runtime.model import open_model
+
+    with open_model(args.model, options) as model:
+        yield _Opened(model, model.header.get, _what_it_is(model))
+
+
+@contextlib.contextmanager
+def _open_recipe(args: argparse.Namespace) -> Iterator[_Opened]:
+    from moegguf.torch_engine import open_checked, open_engine
+    from moegguf.recipe import find_recipes_file, load_recipe
+    from moegguf.runtime.model import RunOptions
+
+    options = _run_options(args)
+    if options != RunOptions(ctx=options.ctx, threads=options.threads):
+        raise UserError("--engine torch takes only --ctx and --threads of the machine flags", "leave the others out")
+    recipe = load_recipe(str(args.model), args.recipes or find_recipes_file(), {})
+    mix = open_checked(recipe)
+    engine = open_engine(recipe, mix, ctx=options.ctx, threads=options.threads)
+    metadata = {key: value.value for key, value in mix.base.metadata.items()}
+    about = [
+        f"{recipe.name}: {len(mix.experts)} experts ({', '.join(recipe.expert_names)}) on {mix.base.label}",
+        f"router {mix.router.mode}, mix {mix.mixed}, computed in PyTorch, context {engine.n_ctx} tokens",
+    ]
+    yield _Opened(engine, metadata.get, about)
+
+
+_OPENERS = {"llama": _open_gguf, "torch": _open_recipe}
 
 
 def _prompt(flag: str | None) -> str | None:
@@ -116,6 +177,7 @@ def _run_options(args: argparse.Namespace) -> RunOptions:
         threads=_whole("--threads", args.threads, 1, MAX_THREADS),
         gpu_layers=gpu_layers or 0,
         experts_used=_whole("--experts-used", args.experts_used, 1),
+        adapter=args.adapter,
         mmap=not args.no_mmap,
         mlock=args.mlock,
         verbose=args.verbose,
@@ -190,10 +252,11 @@ class _Command:
 class _Session:
     """The loop at the terminal: read a question or a command, answer, say what it took."""
 
-    def __init__(self, conversation: Conversation) -> None:
+    def __init__(self, conversation: Conversation, about: list[str]) -> None:
         from rich.console import Console
 
         self._conversation = conversation
+        self._about = about
         self._console = Console(highlight=False, markup=False, emoji=False)
         self._hidden_before = 0
 
@@ -241,10 +304,9 @@ class _Session:
             )
 
     def _header(self) -> None:
-        model = self._conversation.model
         if self._console.is_terminal:
-            self._console.rule(_visible(model.header.path.name))
-        for line in _what_it_is(model):
+            self._console.rule(_visible(self._conversation.model.name))
+        for line in self._about:
             self._console.print(_visible(line), soft_wrap=True)
         if not self._conversation.has_template:
             self._note("no chat template in this file: it continues your text instead of answering it")

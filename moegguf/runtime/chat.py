@@ -5,9 +5,7 @@ template sees are derived, so roles always alternate. Every answer renders the w
 model evaluates only what differs from what it has in its context already. When the history no longer fits,
 the oldest turns are hidden from the model (the system text stays), but kept in `turns`.
 
-A template is foreign code: it runs in jinja2's immutable sandbox (llama-cpp-python's formatter, which mirrors
-Transformers'), and whatever it raises becomes a UserError. Where a template takes no system message, the
-system text goes in front of the first question. A file without a template gets `PLAIN`: text to continue.
+Whatever has an `Engine`'s methods can be talked to; `runtime.model.Model` is one.
 """
 
 from __future__ import annotations
@@ -16,25 +14,42 @@ import codecs
 import dataclasses
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-
-import jinja2
-from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+from typing import Protocol
 
 from moegguf.atomic import atomic_file
 from moegguf.errors import UserError
-from moegguf.runtime.model import Model
 from moegguf.runtime.sampling import DEFAULTS, Sampling
+from moegguf.runtime.template import Message, chat_template, end_of_turn
+from moegguf.runtime.vocab import Vocab
 
-PLAIN = "{% for message in messages %}{{ message.content }}{% if not loop.last %}{{ '\n' }}{% endif %}{% endfor %}"
 
-_TEMPLATE_MEND = "convert the model again with a working template"
+class Engine(Protocol):
+    """What a conversation needs of a model."""
 
-Message = dict[str, str]
-"""`role` (system, user or assistant) and `content`, as chat templates want them."""
+    @property
+    def name(self) -> str:
+        """What a saved conversation calls it."""
+
+    @property
+    def chat_template(self) -> str | None:
+        """jinja2 source of its template; None when it has none."""
+
+    @property
+    def vocab(self) -> Vocab: ...
+
+    @property
+    def n_ctx(self) -> int:
+        """Tokens that prompt and answer may take together."""
+
+    def n_cached(self, tokens: Sequence[int]) -> int:
+        """How many tokens at the head of the prompt `tokens` need no evaluation."""
+
+    def generate(self, tokens: Sequence[int], sampling: Sampling) -> Iterator[int]:
+        """The tokens that follow the prompt `tokens`, without end; the caller closes it."""
 
 
 @dataclass(frozen=True)
@@ -73,51 +88,6 @@ class Stats:
         return max(self.generated_tokens - 1, 0) / max(self.seconds_after_first_token, 1e-9)
 
 
-class ChatTemplate:
-    """A jinja2 chat template. Raises UserError when it does not compile, and when rendering fails."""
-
-    def __init__(self, source: str, bos: str, eos: str) -> None:
-        try:
-            self._formatters = {
-                ask: Jinja2ChatFormatter(source, eos, bos, add_generation_prompt=ask) for ask in (True, False)
-            }
-        except jinja2.TemplateError as error:
-            raise UserError(f"the file's chat template is broken: {error}", _TEMPLATE_MEND) from error
-
-    def render(self, system: str, turns: list[Turn], question: str) -> str:
-        """The prompt that asks for an answer to `question`."""
-        asked = _messages("", turns, question)
-        if system and self.takes_system:
-            asked = [{"role": "system", "content": system}, *asked]
-        elif system:
-            asked[0] = {"role": "user", "content": f"{system}\n\n{asked[0]['content']}"}
-        return self._render(asked, ask=True)
-
-    @cached_property
-    def takes_system(self) -> bool:
-        """Whether a system message neither fails nor vanishes."""
-        probe = "moegguf-probe"
-        try:
-            return probe in self._render(_messages(probe, [], "hello"), ask=True)
-        except UserError:
-            return False
-
-    @cached_property
-    def after_answer(self) -> str:
-        """What the template writes after an answer; empty when it cannot be told."""
-        probe = "moegguf-probe"
-        try:
-            return self._render(_messages("", [Turn("hello", probe)]), ask=False).partition(probe)[2].lstrip()
-        except UserError:
-            return ""
-
-    def _render(self, messages: list[Message], *, ask: bool) -> str:
-        try:
-            return self._formatters[ask](messages=messages).prompt
-        except Exception as error:  # foreign code may raise anything
-            raise UserError(f"the file's chat template fails: {error!r}", _TEMPLATE_MEND) from error
-
-
 class Conversation:
     """Questions to one model, each seen with the history before it.
 
@@ -125,16 +95,15 @@ class Conversation:
     that began.
     """
 
-    def __init__(self, model: Model, *, system: str = "", sampling: Sampling = DEFAULTS) -> None:
-        source = model.header.get("tokenizer.chat_template")
-        self.has_template = isinstance(source, str)
+    def __init__(self, model: Engine, *, system: str = "", sampling: Sampling = DEFAULTS) -> None:
+        self.has_template = model.chat_template is not None
         self.system = system
         self.sampling = sampling
         self.turns: list[Turn] = []
         self.stats: Stats | None = None
         self._hidden = 0
         self.model = model
-        self._template = ChatTemplate(source if self.has_template else PLAIN, model.bos, model.eos)
+        self._template = chat_template(model.chat_template, model.vocab)
 
     @property
     def messages(self) -> list[Message]:
@@ -163,8 +132,8 @@ class Conversation:
         """Tokens of the prompt, hiding as few of the oldest turns as leave room for an answer."""
         room = min(self.sampling.max_tokens or self.model.n_ctx, self.model.n_ctx // 4)
         for hidden in range(min(self._hidden, len(self.turns)), len(self.turns) + 1):
-            text = self._template.render(self.system, self.turns[hidden:], question)
-            tokens = self.model.tokenize_prompt(text)
+            messages = _messages(self.system, self.turns[hidden:], question)
+            tokens = self.model.vocab.tokenize_prompt(self._template.prompt(messages))
             if len(tokens) + room <= self.model.n_ctx:
                 break
         if len(tokens) >= self.model.n_ctx:
@@ -190,7 +159,7 @@ class Conversation:
                     end = "stop"
                     break
                 n_tokens += 1
-                piece = decoder.decode(self.model.piece(token))
+                piece = decoder.decode(self.model.vocab.piece(token))
                 piece = piece if said else piece.lstrip()
                 said += piece
                 if piece:
@@ -218,13 +187,11 @@ class Conversation:
             )
 
     def _ends_answer(self, token: int) -> bool:
-        return token == self._end_of_turn or self.model.ends_answer(token)
+        return token == self._end_of_turn or self.model.vocab.ends_answer(token)
 
     @cached_property
     def _end_of_turn(self) -> int | None:
-        """The control token that the template writes after an answer: some files do not mark it as an end."""
-        after = self.model.tokenize(self._template.after_answer)[:1]
-        return after[0] if after and self.model.is_control(after[0]) else None
+        return end_of_turn(self._template, self.model.vocab)
 
 
 def save(conversation: Conversation, path: Path) -> None:
@@ -266,7 +233,7 @@ def load(conversation: Conversation, path: Path) -> None:
 def _as_json(conversation: Conversation) -> str:
     return json.dumps(
         {
-            "model": conversation.model.header.path.name,
+            "model": conversation.model.name,
             "settings": dataclasses.asdict(conversation.sampling),
             "messages": conversation.messages,
         },
@@ -277,7 +244,7 @@ def _as_json(conversation: Conversation) -> str:
 
 def _as_markdown(conversation: Conversation) -> str:
     said = "\n".join(f"**{message['role']}**\n\n{message['content']}\n" for message in conversation.messages)
-    return f"# Conversation with {conversation.model.header.path.name}\n\n{said}"
+    return f"# Conversation with {conversation.model.name}\n\n{said}"
 
 
 _FORMATS = {".json": _as_json, ".md": _as_markdown}

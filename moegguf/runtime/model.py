@@ -2,45 +2,39 @@
 
 Everything that a user can get wrong is found before llama.cpp sees the file: the header is checked against
 the file's size, and a mix is not run with fewer experts than its router can choose from. What only llama.cpp
-can know (an unknown architecture, too little memory) is read from its log, which stays hidden otherwise.
+can know (an unknown architecture, too little memory, an adapter of another model) is read from its log, which
+stays hidden otherwise.
 
-Two things the high-level `llama_cpp.Llama` leaves to us. Its `detokenize` cuts pieces longer than 32 bytes,
-so pieces are read here. And a key press cannot interrupt C code, so while a prompt is evaluated, which can
-take minutes, Ctrl-C goes through llama.cpp's abort callback; between two tokens Python's own way suffices.
-Where a GPU backend computes, llama.cpp asks that callback between its batches only.
-
-Does not know chat templates (`chat`) nor how to spread a model over devices.
+A model has one context, for one sequence, and opens others on the same weights where many are to run at once.
+Does not know chat templates (`template`, `chat`) nor how to spread a model over devices.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
 import random
-import signal
-import sys
-import threading
-from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import jinja2
 import llama_cpp
+from gguf import GGMLQuantizationType
 
 from moegguf.errors import UserError
 from moegguf.gguf_header import Header, read_header
 from moegguf.metadata import Card, read_card
+from moegguf.runtime.context import Context, interruptible
+from moegguf.runtime.log import llama_log
 from moegguf.runtime.machine import physical_cores
 from moegguf.runtime.sampling import MAX_SEED, Sampling
+from moegguf.runtime.vocab import Vocab
 
 DEFAULT_CTX = 4096
 MIN_CTX = 16
 MAX_THREADS = 512  # GGML_MAX_N_THREADS
 ALL_LAYERS = -1
-
-_ERROR, _CONTINUED = 4, 5  # enum ggml_log_level, ggml/include/ggml.h
 
 
 @dataclass(frozen=True)
@@ -57,9 +51,19 @@ class RunOptions:
     """Prompt tokens evaluated at once."""
     experts_used: int | None = None
     """Experts per token, in place of the file's own number."""
+    adapter: Path | None = None
+    """A LoRA GGUF of this model to run with, at full strength."""
+    kv_type: GGMLQuantizationType = GGMLQuantizationType.F16
+    """Type of the key-value cache. F16 moves logits by about 1e-3; to compare two computations, take F32."""
     mmap: bool = True
     mlock: bool = False
     verbose: bool = False
+
+
+_ADAPTER_MEND = "pass a LoRA GGUF that was made for this model"
+
+OnNode = Callable[[int, bool, int | None], bool]
+"""ggml_backend_sched_eval_callback of ggml/include/ggml-backend.h: (tensor, ask, user data) → wanted, or go on."""
 
 
 def open_model(path: str | Path, options: RunOptions = RunOptions()) -> Model:
@@ -67,7 +71,7 @@ def open_model(path: str | Path, options: RunOptions = RunOptions()) -> Model:
     header = read_header(Path(path))
     card = read_card(header)
     _check_experts_used(header, card, options.experts_used)
-    log = _log()
+    log = llama_log()
     log.start(options.verbose)
     try:
         llama = llama_cpp.Llama(str(path), **_llama_arguments(header, options))
@@ -81,7 +85,14 @@ def open_model(path: str | Path, options: RunOptions = RunOptions()) -> Model:
             f"{path}: architecture {header.get('general.architecture')!r} does not write text token by token",
             "pass a decoder-only language model",
         )
-    return Model(llama, header, card, options)
+    model = Model(llama, header, card, options)
+    try:
+        if options.adapter:
+            model.load_adapter(options.adapter)
+    except UserError:
+        model.close()
+        raise
+    return model
 
 
 class Model:
@@ -93,7 +104,11 @@ class Model:
         self.card = card
         self.n_ctx = _ctx(header, options)
         """Tokens that prompt and answer may take together (llama.cpp may have rounded its own number up)."""
-        self._vocab = llama_cpp.llama_model_get_vocab(llama.model)
+        self.n_cells = options.ctx or DEFAULT_CTX
+        """Tokens that several sequences may take together in a context of `open_context`."""
+        self.n_layer = llama_cpp.llama_model_n_layer(llama.model)
+        self.vocab = Vocab(llama_cpp.llama_model_get_vocab(llama.model))
+        self._adapter: llama_cpp.llama_adapter_lora_p | None = None
 
     def __enter__(self) -> Model:
         return self
@@ -106,42 +121,37 @@ class Model:
         self.llama.close()
 
     @property
-    def bos(self) -> str:
-        """Text of the token that begins a sequence; empty when there is none."""
-        return self._token_text(llama_cpp.llama_vocab_bos(self._vocab))
+    def name(self) -> str:
+        """The file's name."""
+        return self.header.path.name
 
-    @property
-    def eos(self) -> str:
-        """Text of the token that ends a sequence; empty when there is none."""
-        return self._token_text(llama_cpp.llama_vocab_eos(self._vocab))
+    @cached_property
+    def chat_template(self) -> str | None:
+        """Source of the chat template in the file."""
+        source = self.header.get("tokenizer.chat_template")
+        return source if isinstance(source, str) else None
 
-    def tokenize(self, text: str) -> list[int]:
-        """Tokens of `text`; the names of special tokens in it become those tokens, nothing is added."""
-        return self.llama.tokenize(text.encode(), add_bos=False, special=True)
+    def load_adapter(self, path: Path) -> None:
+        """Run with the LoRA GGUF at `path` from now on. Raises UserError when it is none, or of another model."""
+        _check_adapter(read_header(path), self.header)
+        llama_log().forget()
+        adapter = llama_cpp.llama_adapter_lora_init(self.llama.model, str(path).encode())  # freed with the weights
+        if not adapter:
+            raise UserError(f"{path}: cannot be used with {self.name}: {llama_log().reason()}", _ADAPTER_MEND)
+        self._adapter = adapter
+        self._apply_adapter(self.llama.ctx)
 
-    def tokenize_prompt(self, text: str) -> list[int]:
-        """Tokens of a whole prompt: with the token that begins it, where the model wants one and `text` has none."""
-        tokens = self.tokenize(text)
-        bos = llama_cpp.llama_vocab_bos(self._vocab)
-        wanted = bos >= 0 and llama_cpp.llama_vocab_get_add_bos(self._vocab)
-        return [bos, *tokens] if wanted and tokens[:1] != [bos] else tokens
-
-    def piece(self, token: int) -> bytes:
-        """The bytes that `token` stands for; none for a control token. A character may span several tokens."""
-        buffer = ctypes.create_string_buffer(64)
-        n = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, False)
-        if n < 0:
-            buffer = ctypes.create_string_buffer(-n)
-            n = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, False)
-        return buffer.raw[:n]
-
-    def ends_answer(self, token: int) -> bool:
-        """Whether the vocabulary marks `token` as the end of a turn, a message or a text."""
-        return llama_cpp.llama_vocab_is_eog(self._vocab, token)
-
-    def is_control(self, token: int) -> bool:
-        """Whether `token` steers the model and is never shown."""
-        return llama_cpp.llama_vocab_is_control(self._vocab, token)
+    def open_context(self, *, n_batch: int, n_sequences: int, n_outputs: int, on_node: OnNode | None = None) -> Context:
+        """Another context on these weights: `n_cells` tokens in at most `n_sequences` at a time, `n_batch` at once, of
+        which `n_outputs` (at least `n_sequences`) may ask for output; `on_node` sees every node that is computed."""
+        params = type(self.llama.context_params).from_buffer_copy(self.llama.context_params)
+        params.n_ctx, params.n_batch = self.n_cells, n_batch
+        params.n_seq_max, params.n_outputs_max = n_sequences, n_outputs
+        if on_node:
+            params.cb_eval = llama_cpp.ggml_backend_sched_eval_callback(on_node)
+        context = Context(self.llama.model, params)
+        self._apply_adapter(context.pointer)
+        return context
 
     def n_cached(self, tokens: Sequence[int]) -> int:
         """How many tokens at the head of the prompt `tokens` need no evaluation: the last answer left them here."""
@@ -163,14 +173,15 @@ class Model:
             min_p=sampling.min_p,
             repeat_penalty=sampling.repeat_penalty,
         )
-        with _interruptible(self.llama.ctx):
+        with interruptible(self.llama.ctx):
             first = next(stream)
         yield first
         yield from stream
 
-    def _token_text(self, token: int) -> str:
-        text = llama_cpp.llama_vocab_get_text(self._vocab, token) if token >= 0 else b""
-        return text.decode("utf-8", errors="replace")
+    def _apply_adapter(self, context: llama_cpp.llama_context_p) -> None:
+        if self._adapter:
+            adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(self._adapter)
+            llama_cpp.llama_set_adapters_lora(context, adapters, 1, (ctypes.c_float * 1)(1.0))
 
 
 def _llama_arguments(header: Header, options: RunOptions) -> dict:
@@ -185,6 +196,8 @@ def _llama_arguments(header: Header, options: RunOptions) -> dict:
         use_mmap=options.mmap,
         use_mlock=options.mlock,
         kv_overrides=experts_used,
+        type_k=int(options.kv_type),
+        type_v=int(options.kv_type),
         verbose=options.verbose,
     )
 
@@ -230,62 +243,11 @@ def _mend(reason: str) -> str:
     return "run it again with --verbose for all that llama.cpp says"
 
 
-class _Log:
-    """llama.cpp's log: shown when asked for, and otherwise kept for the reason of a failure."""
-
-    def __init__(self) -> None:
-        self.start(verbose=False)
-        self._callback = llama_cpp.llama_log_callback(self._write)  # C keeps the pointer: it must outlive all use
-        llama_cpp.llama_log_set(self._callback, None)
-
-    def start(self, verbose: bool) -> None:
-        self._verbose = verbose
-        self._level = 0
-        self._errors: deque[str] = deque(maxlen=50)
-
-    def _write(self, level: int, text: bytes, _user_data) -> None:
-        line = text.decode("utf-8", errors="replace")
-        self._level = self._level if level == _CONTINUED else level
-        if self._verbose:
-            sys.stderr.write(line)
-        if self._level == _ERROR:
-            self._errors.append(line.strip())
-
-    def reason(self) -> str:
-        """The most telling line of what went wrong: the innermost error, without the C function's name."""
-        for line in self._errors:
-            if "error loading model: " in line:
-                return line.partition("error loading model: ")[2]
-        return next((line.partition(": ")[2] or line for line in self._errors if line), "")
-
-
-@functools.cache
-def _log() -> _Log:
-    """The one log, as llama.cpp has but one callback in a process."""
-    return _Log()
-
-
-@contextmanager
-def _interruptible(context) -> Iterator[None]:
-    """Let Ctrl-C end the llama_decode call within this block, as KeyboardInterrupt.
-
-    Only where Ctrl-C means Python's default; a server that handles signals itself is left alone.
-    """
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield
-        return
-    pressed = threading.Event()
-    abort = llama_cpp.ggml_abort_callback(lambda _: pressed.is_set())
-    signal.signal(signal.SIGINT, lambda *_: pressed.set())
-    llama_cpp.llama_set_abort_callback(context, abort, None)
-    try:
-        yield
-    except RuntimeError:  # llama_decode returned 2: aborted
-        if not pressed.is_set():
-            raise
-    finally:
-        llama_cpp.llama_set_abort_callback(context, llama_cpp.ggml_abort_callback(), None)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    if pressed.is_set():
-        raise KeyboardInterrupt
+def _check_adapter(adapter: Header, model: Header) -> None:
+    """Refuse what is no LoRA adapter of `model`, as far as its header says."""
+    kind = adapter.get("general.type"), adapter.get("adapter.type")
+    if kind != ("adapter", "lora"):
+        raise UserError(f"{adapter.path}: not a LoRA adapter in GGUF form", _ADAPTER_MEND)
+    arch, expected = (header.get("general.architecture") for header in (adapter, model))
+    if arch != expected:
+        raise UserError(f"{adapter.path}: an adapter of architecture {arch!r}, expected {expected!r}", _ADAPTER_MEND)
