@@ -23,7 +23,8 @@ COMMANDS = {
     "build": "mix fine-tunes of one model into a single quantised MoE GGUF",
     "chat": "talk to a mix, or to any GGUF",
     "inspect": "show what is in a mix, and check that it is sound",
-    "route": "put a router into a mix, or export it",
+    "route": "fit a router, put it into a mix, export it, draw what it does",
+    "eval": "measure models side by side on tasks, or by standard benchmarks",
     "recipes": "list the mixes that models.toml offers",
     "doctor": "say what this machine can run",
 }
