@@ -8,11 +8,20 @@ import sys
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Column, Table
 
 from moegguf.build import Built, Plan, build, plan_build, usable_cores
-from moegguf.errors import UserError
+from moegguf.errors import UserError, one_line
 from moegguf.estimate import memory_to_run
 from moegguf.families import TensorName
 from moegguf.mix import ATTENTION_ROLES, FFN_ROLES, Expert
@@ -124,8 +133,10 @@ def run(args: argparse.Namespace) -> int:
     recipe = _recipe(args)
     stream = args.stream or args.dry_run  # a dry run downloads no weights
     console = Console(markup=False)
-    router = _fitted(recipe) if recipe.router.is_unfitted and not args.dry_run else None
-    plan = plan_build(recipe, router=router, stream=stream, pre=args.pre, overwrite=args.force)
+    plan = plan_build(recipe, stream=stream, pre=args.pre, overwrite=args.force)
+    if recipe.router.is_unfitted and not args.dry_run:  # everything else that can be wrong is known by now
+        router = _fitted(console, recipe, args)
+        plan = plan_build(recipe, router=router, stream=stream, pre=args.pre, overwrite=args.force)
     console.print(_plan_table(plan))
     _print_notes(console, plan)
     if args.dry_run:
@@ -147,10 +158,21 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     return parse_recipe(name, overrides, where="command line:", folder=Path())
 
 
-def _fitted(recipe: Recipe) -> Router:
-    from moegguf.fitting import fit_from_recipe
+def _fitted(console: Console, recipe: Recipe, args: argparse.Namespace) -> Router:
+    """The router of a recipe that says how to fit it, fitted on the base alone before there is a mix."""
+    from moegguf.fitting import FitOptions, FitPlan, fit_from_recipe
 
-    return fit_from_recipe(recipe)
+    options = FitOptions(threads=args.threads, pre=args.pre, stream=args.stream)
+    with _bar("fitting the router", MofNCompleteColumn(), TextColumn("tokens")) as bar:
+        task = bar.add_task("", total=None)
+
+        def on_plan(plan: FitPlan) -> None:
+            bar.update(task, total=plan.n_tokens)
+
+        fitted = fit_from_recipe(recipe, options, on_plan=on_plan, progress=lambda n: bar.advance(task, n))
+    for warning in fitted.warnings:
+        console.print(f"warning: {one_line(warning)}", highlight=False)
+    return fitted.router
 
 
 def _overrides(args: argparse.Namespace) -> dict[str, object]:
@@ -300,18 +322,17 @@ def _unused_targets(plan: Plan, expert: Expert) -> list[str]:
 
 def _build_with_progress(plan: Plan, threads: int) -> Built:
     total = sum(tensor.nbytes for tensor in plan.planned)
-    with Progress(
-        TextColumn("writing"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=not sys.stderr.isatty(),
-        transient=True,
-    ) as bar:
+    with _bar("writing", DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()) as bar:
         task = bar.add_task("", total=total)
         return build(plan, threads=threads, progress=lambda n_bytes: bar.advance(task, n_bytes))
+
+
+def _bar(what: str, *columns: ProgressColumn) -> Progress:
+    """A progress bar on stderr; none in a pipe."""
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn(what), BarColumn(), *columns, console=console, disable=not sys.stderr.isatty(), transient=True
+    )
 
 
 def _print_built(console: Console, built: Built) -> None:
