@@ -24,6 +24,7 @@ COMMANDS = {
     "chat": "talk to a mix, or to any GGUF",
     "inspect": "show what is in a mix, and check that it is sound",
     "route": "fit a router, put it into a mix, export it, draw what it does",
+    "train": "learn a router from text in PyTorch, all else frozen",
     "eval": "measure models side by side on tasks, or by standard benchmarks",
     "recipes": "list the mixes that models.toml offers",
     "doctor": "say what this machine can run",
