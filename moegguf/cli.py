@@ -26,6 +26,7 @@ COMMANDS = {
     "route": "fit a router, put it into a mix, export it, draw what it does",
     "train": "learn a router from text in PyTorch, all else frozen",
     "eval": "measure models side by side on tasks, or by standard benchmarks",
+    "measure": "say how far models are from a reference, in KL divergence",
     "recipes": "list the mixes that models.toml offers",
     "doctor": "say what this machine can run",
 }

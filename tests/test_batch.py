@@ -17,6 +17,7 @@ from conftest import CLOSE, build_mix, distance, logits
 from moegguf.errors import UserError
 from moegguf.runtime import batch
 from moegguf.runtime.batch import generate_greedy, score
+from moegguf.runtime.log import llama_log
 from moegguf.runtime.model import Model, RunOptions, open_model
 from moegguf.runtime.sampling import Sampling
 from tiny_gguf import END, N_VOCAB, babbling, repeating, saying, write_gguf
@@ -164,3 +165,17 @@ def test_ctrl_c_ends_it_and_leaves_the_model_usable(tmp_path: Path):
         with pytest.raises(KeyboardInterrupt):
             list(generate_greedy(model, [[7]] * 10_000, 200, lambda token: False))
         assert len(dict(generate_greedy(model, [[7]] * 3, 5, lambda token: False))) == 3
+
+
+def test_ctrl_c_while_llama_cpp_writes_its_log_is_not_lost(tmp_path: Path, monkeypatch):
+    """No exception leaves a callback of C, so the log keeps it until the call is over."""
+    path = write_gguf(tmp_path / "m.gguf", babbling())
+    log = llama_log()
+    monkeypatch.setattr(log, "_take", lambda level, text: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        open_model(path, RunOptions(threads=1))
+    monkeypatch.undo()
+    with open_model(path, RunOptions(threads=1)) as model:
+        monkeypatch.setattr(log, "_take", lambda level, text: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            list(score(model, [[5, 6]], [0]))

@@ -25,6 +25,7 @@ from rich.table import Column, Table
 
 from moegguf import __version__
 from moegguf.atomic import atomic_file
+from moegguf.commands.options import check_range, gpu_layers
 from moegguf.errors import UserError, one_line
 from moegguf.gguf_header import read_header
 from moegguf.measure.harness import HarnessRun, check_harness, run_harness
@@ -36,7 +37,7 @@ from moegguf.recipe import Recipe, find_recipes_file, load_recipe
 from moegguf.runtime.batch import Scored, generate_greedy, score
 from moegguf.runtime.completions import CompletionServer
 from moegguf.runtime.encode import Encoded, encode
-from moegguf.runtime.model import ALL_LAYERS, MAX_THREADS, MIN_CTX, Model, RunOptions, open_model
+from moegguf.runtime.model import MAX_THREADS, MIN_CTX, Model, RunOptions, open_model
 from moegguf.runtime.template import chat_template, end_of_turn
 from moegguf.texts import Chat, Completion, Record, read_domains
 from moegguf.torch_engine import identity, open_checked, open_engine
@@ -153,19 +154,11 @@ class _Report:
 
 
 def _run_options(args: argparse.Namespace) -> RunOptions:
-    _check_range("--ctx", args.ctx, MIN_CTX)
-    _check_range("--threads", args.threads, 1, MAX_THREADS)
-    _check_range("--limit", args.limit, 1)
-    _check_range("--max-tokens", args.max_tokens, 1)
-    if not (args.gpu_layers == "all" or (args.gpu_layers.isascii() and args.gpu_layers.isdigit())):
-        raise UserError(f"--gpu-layers {args.gpu_layers}: expected a whole number, or all", "leave it out for none")
-    gpu_layers = ALL_LAYERS if args.gpu_layers == "all" else int(args.gpu_layers)
-    return RunOptions(ctx=args.ctx, threads=args.threads, gpu_layers=gpu_layers)
-
-
-def _check_range(flag: str, value: int | None, low: int, high: int = 2**31 - 1) -> None:
-    if value is not None and not low <= value <= high:
-        raise UserError(f"{flag} {value}: expected a whole number from {low} to {high}", "leave it out for the default")
+    check_range("--ctx", args.ctx, MIN_CTX)
+    check_range("--threads", args.threads, 1, MAX_THREADS)
+    check_range("--limit", args.limit, 1)
+    check_range("--max-tokens", args.max_tokens, 1)
+    return RunOptions(ctx=args.ctx, threads=args.threads, gpu_layers=gpu_layers(args.gpu_layers))
 
 
 def _tasks(args: argparse.Namespace) -> list[Task]:

@@ -1,4 +1,4 @@
-"""Many sequences at once: how likely their tokens are, and how the model goes on greedily.
+"""Many sequences at once: how likely their tokens are, what may follow each, and how the model goes on greedily.
 
 Each call has a context of its own on the weights of a model. Sequences share its batches, each seeing only itself;
 sums then run in another order than for one sequence alone, so results may differ in their last bits, and a greedy
@@ -15,6 +15,8 @@ import numpy as np
 
 from moegguf.runtime.context import MAX_BATCH, MAX_SEQUENCES, Context, Entry, check_fits, groups, max_outputs
 from moegguf.runtime.model import Model
+
+_MAX_LOGITS = 2**24  # 64 MB
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,25 @@ def score(model: Model, sequences: Sequence[Sequence[int]], starts: Sequence[int
         for group in groups(sequences, n_batch, n_sequences):
             entries = _scoring(group, list(islice(remaining_starts, len(group))))
             yield from _score_group(context, group, entries, n_batch, n_outputs)
+
+
+def logits(model: Model, sequences: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
+    """The logits after every token of `sequences` that another one follows: float32 (n, n_vocab), batch by batch.
+
+    They come in the order given, at most 64 MB at a time, valid until the next are asked for. Models of one vocabulary
+    and one `n_cells` get the same batches. No sequence is empty. Raises UserError for one longer than the
+    context, KeyboardInterrupt at Ctrl-C.
+    """
+    check_fits(max(map(len, sequences), default=0), model.n_ctx)
+    n_outputs = max(1, min(MAX_BATCH, _MAX_LOGITS // model.vocab.n_tokens))
+    n_batch = min(MAX_BATCH, model.n_cells)
+    n_sequences = min(MAX_SEQUENCES, n_batch, n_outputs)
+    with model.open_context(n_batch=n_batch, n_sequences=n_sequences, n_outputs=n_outputs) as context:
+        for group in groups(sequences, n_batch, n_sequences):
+            context.forget()
+            for batch in _batches(_scoring(group, [1] * len(group)), n_batch, n_outputs):
+                context.decode(batch)
+                yield context.logits()
 
 
 def _scoring(group: list[Sequence[int]], starts: list[int]) -> list[Entry]:

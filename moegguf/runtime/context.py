@@ -54,6 +54,11 @@ class Context:
         self._memory = llama_cpp.llama_get_memory(self.pointer)
         self._n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(weights))
         self._n_outputs = 0
+        try:
+            llama_log().raise_interrupt()
+        except KeyboardInterrupt:
+            self.close()
+            raise
 
     def __enter__(self) -> Context:
         return self

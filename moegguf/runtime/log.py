@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import sys
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import llama_cpp
 
@@ -15,6 +17,7 @@ class Log:
     """Where llama.cpp's lines go. There is one in a process, `llama_log()`."""
 
     def __init__(self) -> None:
+        self._heard: list[str] | None = None
         self.start(verbose=False)
         self._callback = llama_cpp.llama_log_callback(self._write)  # C keeps the pointer: it must outlive all use
         llama_cpp.llama_log_set(self._callback, None)
@@ -28,12 +31,37 @@ class Log:
         """Forget what was said so far, so that `reason` speaks of what follows."""
         self._level = 0
         self._errors: deque[str] = deque(maxlen=50)
+        self._interrupted = False
+
+    @contextmanager
+    def heard(self) -> Iterator[list[str]]:
+        """All that is said within this block."""
+        self.forget()
+        self._heard = []
+        try:
+            yield self._heard
+        finally:
+            self._heard = None
+
+    def raise_interrupt(self) -> None:
+        """Raise the KeyboardInterrupt that came while llama.cpp was speaking: no exception leaves a callback of C."""
+        if self._interrupted:
+            self._interrupted = False
+            raise KeyboardInterrupt
 
     def _write(self, level: int, text: bytes, _user_data) -> None:
+        try:
+            self._take(level, text)
+        except KeyboardInterrupt:
+            self._interrupted = True
+
+    def _take(self, level: int, text: bytes) -> None:
         line = text.decode("utf-8", errors="replace")
         self._level = self._level if level == _CONTINUED else level
         if self._verbose:
             sys.stderr.write(line)
+        if self._heard is not None:
+            self._heard.append(line)
         if self._level == _ERROR:
             self._errors.append(line.strip())
 

@@ -89,7 +89,8 @@ def open_model(path: str | Path, options: RunOptions = RunOptions()) -> Model:
     try:
         if options.adapter:
             model.load_adapter(options.adapter)
-    except UserError:
+        log.raise_interrupt()
+    except (UserError, KeyboardInterrupt):
         model.close()
         raise
     return model

@@ -79,6 +79,7 @@ def open_vocab(path: str | Path) -> Vocab:
         raise UserError(f"{path}: llama.cpp cannot read its vocabulary: {llama_log().reason()}", "convert it again")
     vocab = Vocab(llama_cpp.llama_model_get_vocab(model))
     weakref.finalize(vocab, llama_cpp.llama_model_free, model)
+    llama_log().raise_interrupt()
     return vocab
 
 

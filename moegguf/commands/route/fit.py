@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
+from moegguf.commands.options import check_range
 from moegguf.edit import FinishedMix, read_mix
 from moegguf.errors import UserError, one_line
 from moegguf.recipe import FITTED, Pool, Recipe, RouterMode, Tap, find_recipes_file, load_recipe, parse_recipe
@@ -134,8 +135,7 @@ def _check_numbers(args: argparse.Namespace) -> None:
         raise UserError(f"--max-tokens {args.max_tokens}: expected 1 to {MAX_TOKENS}", "4000 is plenty")
     if not 0 <= args.holdout <= 0.9:
         raise UserError(f"--holdout {args.holdout:g}: expected a share from 0 to 0.9", "the usual one is 0.2")
-    if args.threads is not None and not 1 <= args.threads <= MAX_THREADS:
-        raise UserError(f"--threads {args.threads}: expected 1 to {MAX_THREADS}", "leave it out to use all cores")
+    check_range("--threads", args.threads, 1, MAX_THREADS)
 
 
 def _check_output(path: Path) -> None:

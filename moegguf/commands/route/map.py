@@ -27,6 +27,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from moegguf.atomic import atomic_file
+from moegguf.commands.options import check_range, gpu_layers
 from moegguf.errors import UserError, one_line
 from moegguf.gguf_header import Header, read_header
 from moegguf.measure import plots
@@ -95,10 +96,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     header = read_header(args.model)
     choice = _choice(header)
-    _check_range("--max-tokens", args.max_tokens, 1)
-    _check_range("--segment", args.segment, 1, MAX_SEGMENT)
+    check_range("--max-tokens", args.max_tokens, 1)
+    check_range("--segment", args.segment, 1, MAX_SEGMENT)
     for size in args.cache:
-        _check_range("--cache", size, 1, len(choice.experts))
+        check_range("--cache", size, 1, len(choice.experts))
     options = _run_options(args, header)
     if args.png:
         plots.require(args.png)
@@ -204,23 +205,16 @@ def _texts(args: argparse.Namespace) -> dict[str, list[Record]]:
 
 
 def _run_options(args: argparse.Namespace, header: Header) -> RunOptions:
-    from moegguf.runtime.model import ALL_LAYERS, MAX_THREADS, MIN_CTX, RunOptions
+    from moegguf.runtime.model import MAX_THREADS, MIN_CTX, RunOptions
 
-    _check_range("--ctx", args.ctx, MIN_CTX)
-    _check_range("--threads", args.threads, 1, MAX_THREADS)
-    if not (args.gpu_layers == "all" or (args.gpu_layers.isascii() and args.gpu_layers.isdigit())):
-        raise UserError(f"--gpu-layers {args.gpu_layers}: expected a whole number, or all")
+    check_range("--ctx", args.ctx, MIN_CTX)
+    check_range("--threads", args.threads, 1, MAX_THREADS)
     trained = header.get(f"{header.get('general.architecture')}.context_length", DEFAULT_CTX)
     return RunOptions(
         ctx=args.ctx or min(DEFAULT_CTX, trained),
         threads=args.threads,
-        gpu_layers=ALL_LAYERS if args.gpu_layers == "all" else int(args.gpu_layers),
+        gpu_layers=gpu_layers(args.gpu_layers),
     )
-
-
-def _check_range(flag: str, value: int | None, low: int, high: int = 2**31 - 1) -> None:
-    if value is not None and not low <= value <= high:
-        raise UserError(f"{flag} {value}: expected {low} to {high}")
 
 
 # --- measuring ---
