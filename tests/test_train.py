@@ -180,10 +180,12 @@ def test_a_shared_router_trains_one_matrix(tiny, tmp_path):
 
 
 def test_an_always_on_expert_has_no_row_and_the_built_gguf_agrees(tiny, tmp_path):
-    model = model_of(tiny, always_on="e1")
+    model = model_of(tiny, always_on="e1", router=NOISY | {"k": 3})
+    before = model.router().matrices[0, "ffn"]
     trained = fit(model, tmp_path / "c")
     assert trained.router.experts == ("e0", "e2")
     assert trained.router.matrices[0, "ffn"].shape == (2, 64)
+    assert not np.array_equal(trained.router.matrices[0, "ffn"], before)
     write_router(tmp_path / "r.safetensors", trained.router)
     built = build_mix(
         tmp_path / "mix.gguf", tiny.base, tiny.experts, router=str(tmp_path / "r.safetensors"), always_on="e1"
@@ -327,7 +329,7 @@ def test_a_checkpoint_of_another_run_is_refused_with_what_differs(other, named, 
 
 def test_a_checkpoint_of_another_mix_is_refused(tiny, interrupted):
     with pytest.raises(UserError, match=r"differs in k;"):
-        fit(model_of(tiny, router=NOISY | {"k": 1}), interrupted, resume=True)
+        fit(model_of(tiny, router=NOISY | {"k": 3}), interrupted, resume=True)
     with pytest.raises(UserError, match=r"differs in start;"):
         fit(model_of(tiny, router=NOISY | {"seed": 12}), interrupted, resume=True)
     with pytest.raises(UserError, match=r"differs in weights;"):
@@ -596,6 +598,7 @@ BAD_FLAGS = {
     "k": (["--k", "9"], "router.k: found 9"),
     "start": (["--start", "somewhere"], "--start somewhere: expected noisy, zeros"),
     "start file": (["--start", "none.safetensors"], "none.safetensors: no such router file"),
+    "one expert": (["--data", "a.jsonl", "--k", "1"], "with k 1 one expert is chosen, whose share is 1"),
     "zeros": (["--start", "zeros"], "zeros always pick the same"),
     "no data": ([], "names no domains to train on; pass --data"),
     "no file": (["--data", "none.jsonl"], "none.jsonl: cannot be read"),

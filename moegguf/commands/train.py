@@ -137,7 +137,16 @@ def run(args: argparse.Namespace) -> int:
     recipe = _recipe(args)
     _require_extra()
 
-    from moegguf.reference.train import Checkpoints, Schedule, Settings, Variant, check_start, choose_device, train
+    from moegguf.reference.train import (
+        Checkpoints,
+        Schedule,
+        Settings,
+        Variant,
+        check_start,
+        check_trainable,
+        choose_device,
+        train,
+    )
 
     device, dtype = choose_device(args.device, args.dtype, args.threads)
 
@@ -150,6 +159,7 @@ def run(args: argparse.Namespace) -> int:
         args.max_steps or 0, args.balance, args.seed, args.gradient_checkpointing,
     )  # fmt: skip
     mix = _mix(args, recipe)
+    check_trainable(mix.router)
     examples = _examples(args, recipe, mix, console)
     model = _model(mix, device, dtype, console)
     start = time.monotonic()

@@ -210,11 +210,28 @@ def memory_faults() -> Iterator[None]:
 # --------------------------------------------------------------------------------------- what is trained
 
 
+def check_trainable(router: Router) -> None:
+    """Raises UserError for a router that the loss has no gradient for."""
+    if router.is_gateless:
+        raise UserError("the mix is gate-less, so it has no router to train", "start from a noisy router")
+    if _n_top(router) < 2:
+        always_on = f" and {router.always_on} always on" if router.always_on else ""
+        raise UserError(
+            f"with k {router.k}{always_on} one expert is chosen, whose share is 1 whatever the router says: it cannot "
+            "learn from the loss",
+            f"train with --k {router.k + 1}; a build may take fewer of the same router",
+        )
+
+
+def _n_top(router: Router) -> int:
+    """How many of the routed experts are chosen."""
+    return router.k - (router.always_on is not None)
+
+
 def _choose_parameters(model: ReferenceModel, variant: Variant) -> dict[str, nn.Parameter]:
     """What `variant` trains, by name in the model, made float32; all else is frozen."""
+    check_trainable(model.router())
     routers = {id(parameter) for parameter in model.routers.values()}
-    if not routers:
-        raise UserError("the mix is gate-less, so it has no router to train", "start from a noisy router")
     role = _TRUNK_ROLES.get(variant)
     pattern = re.compile(rf"(blk\.\d+\.)?{role}\.(weight|bias)")
     trained = {}
@@ -311,11 +328,10 @@ class _Trainer(transformers.Trainer):
     @torch.no_grad()
     def _count_load(self, batches: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, int]:
         router = self.model.router()
-        n_top = router.k - (router.always_on is not None)
         load, n_choices = torch.zeros(len(router.experts), device=self.args.device), 0
         for batch in map(self._prepare_inputs, batches):
             probs = chosen_from(self.model(batch["tokens"]).routing, batch["is_token"])
-            load += probs.topk(n_top).indices.flatten().bincount(minlength=len(load))
+            load += probs.topk(_n_top(router)).indices.flatten().bincount(minlength=len(load))
             n_choices += len(probs)
         return load / max(1, n_choices), n_choices
 
