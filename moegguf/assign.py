@@ -1,13 +1,15 @@
 """Which type every output tensor gets: a preset's choice, then what the recipe overrides.
 
-From weak to strong: the recipe's preset for the trunk; the preset of its experts for an expert group; a role; a
-pattern. A preset falls back where rows are too short for a type, as llama.cpp does. A type that was asked for
-by name does not: if it cannot be had, that is an error.
+From weak to strong: the recipe's preset for the trunk; the preset of its experts for an expert group; what a budget
+or a plan chose for a tensor; a role; a pattern. A preset falls back where rows are too short for a type, as llama.cpp
+does. A type that was asked for by name does not: if it cannot be had, that is an error.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from dataclasses import replace
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
@@ -45,6 +47,18 @@ def assign_types(form: Form, quant: QuantSpec, *, has_imatrix: bool) -> list[Pla
     return planned
 
 
+def unassigned(planned: Sequence[Planned], quant: QuantSpec) -> list[Slot]:
+    """The slots whose type is free for a budget to choose: quantised, of no preset of their own, and not overridden."""
+    tied = all(tensor.name != "output.weight" for tensor in planned)
+    return [
+        tensor.slot
+        for tensor in planned
+        if tensor.type is not GGMLQuantizationType.F32
+        and tensor.slot.preset in (None, quant.preset)
+        and _asked_type(tensor.slot, replace(quant, types={}), tied=tied) is None
+    ]
+
+
 def _is_important(slot: Slot) -> bool:
     return all(part.importance is not None for part in slot.parts)
 
@@ -54,7 +68,7 @@ def _needs_importance(tensors: list[Planned]) -> UserError:
     first, more = tensors[0], f" and {len(tensors) - 1} more tensors" if len(tensors) > 1 else ""
     return UserError(
         f"{first.name}{more}: {first.type.name} needs an importance matrix, and there is none for it",
-        "pass --imatrix FILE (made by llama-imatrix), or choose a preset without, such as IQ3_S, Q3_K_M or Q2_K",
+        "pass --imatrix FILE (see `moegguf calibrate`), or choose a preset without, such as IQ3_S, Q3_K_M or Q2_K",
     )
 
 
@@ -74,12 +88,14 @@ def _facts(form: Form) -> ModelFacts:
 
 
 def _asked_type(slot: Slot, quant: QuantSpec, *, tied: bool) -> GGMLQuantizationType | None:
-    """The type that a pattern or a role names for this slot, checked; None when neither does."""
+    """The type that a pattern, a role, a budget or a plan names for this slot, checked; None when none does."""
     if len(slot.shape) < 2 or slot.name.endswith(("_norm.weight", "ffn_gate_inp.weight")):
         return None
     type = next((type for pattern, type in quant.tensors.items() if re.search(pattern, slot.name)), None)
     if type is None:
         type = next((quant.roles[role] for role in _roles(slot, tied) if role in quant.roles), None)
+    if type is None:
+        type = quant.types.get(slot.name)
     if type is None:
         return None
     block = GGML_QUANT_SIZES[type][0]

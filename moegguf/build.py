@@ -9,21 +9,32 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gguf import GGML_QUANT_VERSION, GGUFValue, GGUFValueType, size_label
+from gguf import (
+    GGML_QUANT_VERSION,
+    GGMLQuantizationType,
+    GGUFValue,
+    GGUFValueType,
+    LlamaFileType,
+    size_label,
+)
 
 from moegguf import __version__
 from moegguf.assign import assign_types
 from moegguf.errors import UserError
+from moegguf.families import PER_LAYER_WIDTHS
 from moegguf.layouts import lay_out
-from moegguf.metadata import SPARE_BYTES, Card, ExpertCard, spare_bytes
-from moegguf.mix import Mix, make_mix
-from moegguf.quant.imatrix import Imatrix, read_imatrix, with_importance
-from moegguf.quant.presets import preset
-from moegguf.recipe import Mixed, Recipe
+from moegguf.metadata import SPARE_BYTES, Card, CompactCard, ExpertCard, spare_bytes
+from moegguf.mix import Mix, make_mix, with_imatrices
+from moegguf.quant.imatrix import Imatrix, read_imatrix, with_importance, with_trunk_importance
+from moegguf.quant.neurons import Compaction, width
+from moegguf.quant.presets import preset, presets
+from moegguf.quant.type_plan import read_type_plan
+from moegguf.recipe import ExpertSpec, Mixed, QuantSpec, Recipe
 from moegguf.routers import Router
 from moegguf.routers.file import read_router
 from moegguf.sources import OpenOptions, open_source
@@ -42,6 +53,7 @@ class Plan:
     mix: Mix
     card: Card
     form: Form
+    imatrix: Imatrix | None
     planned: tuple[Planned, ...]
     header: bytes
 
@@ -77,28 +89,55 @@ def plan_build(
     recipe: Recipe,
     *,
     router: Router | None = None,
+    compaction: Compaction | None = None,
     stream: bool = False,
     pre: str | None = None,
     overwrite: bool = False,
 ) -> Plan:
     """Open the sources of `recipe`, check that they fit, and decide every byte count. Reads no weight.
 
-    `router` is one that was just fitted, in place of a file; `stream` reads Hub models by range instead of
+    `router` is one that was just fitted, in place of a file; `compaction` is what a compact mix merges, without which
+    the plan is that of the whole mix; `stream` reads Hub models by range instead of
     downloading them; `pre` overrides the BPE pre-tokenizer.
     Raises UserError, with all faults that were found, before anything is written.
     """
     _check_expressible(recipe)
-    _check_target(recipe.output, overwrite)
+    check_target(recipe.output, overwrite)
     mix = open_mix(recipe, router=router, stream=stream, pre=pre)
+    mix = with_imatrices(mix, lambda ref: read_imatrix(recipe.folder / ref))
+    if recipe.compact:
+        _check_compactable(mix)
+        mix = replace(mix, compaction=compaction)
     _check_target_is_no_source(recipe.output, mix)
     form = lay_out(mix, recipe.layout)
     imatrix = read_imatrix(recipe.folder / recipe.imatrix) if recipe.imatrix else None
-    if imatrix:
-        form = with_importance(form, imatrix)
-    planned = tuple(assign_types(form, recipe.quant, has_imatrix=imatrix is not None))
+    of_experts = [expert.imatrix for expert in mix.experts if expert.imatrix]
+    form = with_importance(form, imatrix) if imatrix else with_trunk_importance(form, of_experts)
+    plan = _typed(recipe, mix, form, imatrix)
+    if not recipe.quant.plan:
+        return plan
+    found = read_type_plan(recipe.folder / recipe.quant.plan)
+    return with_types(plan, found.types_for(plan.planned), found.chosen_for)
+
+
+def with_types(plan: Plan, types: Mapping[str, GGMLQuantizationType], chosen_for: str) -> Plan:
+    """`plan` with these types for the tensors that they name, which were chosen for a budget.
+
+    Raises UserError, with all faults, when a tensor cannot have its type.
+    """
+    quant = replace(plan.recipe.quant, types=types, chosen_for=chosen_for)
+    return _typed(replace(plan.recipe, quant=quant), plan.mix, plan.form, plan.imatrix)
+
+
+def _typed(recipe: Recipe, mix: Mix, form: Form, imatrix: Imatrix | None) -> Plan:
+    has_imatrix = bool(imatrix) or any(expert.imatrix for expert in mix.experts)
+    planned = tuple(assign_types(form, recipe.quant, has_imatrix=has_imatrix))
     card = _card(recipe, mix)
-    metadata = _metadata(recipe, mix, form, imatrix) | card.to_metadata() | spare_bytes(SPARE_BYTES)
-    return Plan(recipe, recipe.output, mix, card, form, planned, header_bytes(form.arch, metadata, planned))
+    metadata = _metadata(recipe, mix, form, imatrix)
+    metadata["general.file_type"] = GGUFValue(int(_file_type(recipe.quant, planned)), GGUFValueType.UINT32)
+    metadata |= card.to_metadata() | spare_bytes(SPARE_BYTES)  # last, as an edit of the card writes them again
+    header = header_bytes(form.arch, metadata, planned)
+    return Plan(recipe, recipe.output, mix, card, form, imatrix, planned, header)
 
 
 def open_mix(recipe: Recipe, *, router: Router | None = None, stream: bool = False, pre: str | None = None) -> Mix:
@@ -120,6 +159,10 @@ def build(plan: Plan, *, threads: int | None = None, progress: Callable[[int], N
         raise UserError(
             f"recipe {plan.recipe.name}: its {plan.card.router} router has not been fitted yet",
             "run `moegguf route fit`, and give the file that it writes as the router",
+        )
+    if plan.recipe.compact and not plan.mix.compaction:
+        raise UserError(
+            f"recipe {plan.recipe.name}: what a compact mix merges has not been chosen yet", "run `moegguf build`"
         )
     _check_space(plan)
     start = time.monotonic()
@@ -149,7 +192,17 @@ def _check_expressible(recipe: Recipe) -> None:
         raise UserError.of(faults)
 
 
-def _check_target(path: Path, overwrite: bool) -> None:
+def _check_compactable(mix: Mix) -> None:
+    if mix.base.arch not in PER_LAYER_WIDTHS or mix.has_ffn_bias:
+        what = "has FFNs with biases" if mix.has_ffn_bias else f"is of architecture {mix.base.arch!r}"
+        raise UserError(
+            f"{mix.base.ref}: {what}, which cannot be compacted, only {', '.join(PER_LAYER_WIDTHS)} without can",
+            "leave compact out; mix = 'fine-grained' is one model's size",
+        )
+
+
+def check_target(path: Path, overwrite: bool) -> None:
+    """Raises UserError where no file can be written to `path`, or one is there that must not be replaced."""
     if path.is_dir():
         raise UserError(f"{path}: is a folder, expected a file name", f"write -o {path / 'mix.gguf'}")
     if path.exists() and not overwrite:
@@ -187,11 +240,21 @@ def _metadata(recipe: Recipe, mix: Mix, form: Form, imatrix: Imatrix | None) -> 
     return metadata
 
 
+def _file_type(quant: QuantSpec, planned: Sequence[Planned]) -> LlamaFileType:
+    """The preset's; of types that were chosen one by one, that of the type which most weights have."""
+    if not quant.types:
+        return preset(quant.preset).file_type
+    n_weights: Counter[GGMLQuantizationType] = Counter()
+    for tensor in planned:
+        n_weights[tensor.type] += tensor.slot.n_weights
+    return next((p.file_type for p in presets() if p.type is max(n_weights, key=n_weights.get)), LlamaFileType.GUESSED)
+
+
 _KEPT_FROM_BASE = ("general.license", "general.languages", "general.sampling.")
 
 
 def _general(recipe: Recipe, mix: Mix, form: Form) -> Metadata:
-    string, u32 = GGUFValueType.STRING, GGUFValueType.UINT32
+    string = GGUFValueType.STRING
     general = {key: value for key, value in mix.base.metadata.items() if key.startswith(_KEPT_FROM_BASE)}
     general |= {
         "general.architecture": GGUFValue(form.arch, string),
@@ -199,19 +262,23 @@ def _general(recipe: Recipe, mix: Mix, form: Form) -> Metadata:
         "general.name": GGUFValue(recipe.name, string),
         "general.size_label": GGUFValue(_size_label(form, mix), string),
         "general.tags": GGUFValue(list(TAGS), GGUFValueType.ARRAY, string),
-        "general.file_type": GGUFValue(int(preset(recipe.quant.preset).file_type), u32),
-        "general.quantization_version": GGUFValue(GGML_QUANT_VERSION, u32),
+        "general.quantization_version": GGUFValue(GGML_QUANT_VERSION, GGUFValueType.UINT32),
     }
     if recipe.description:
         general["general.description"] = GGUFValue(recipe.description, string)
     if recipe.license:
         general["general.license"] = GGUFValue(recipe.license, string)
-    parents = list(dict.fromkeys([mix.base.label, *(expert.source.label for expert in mix.experts)]))
-    general["general.base_model.count"] = GGUFValue(len(parents), u32)
+    return general | base_models([mix.base.label, *(expert.source.label for expert in mix.experts)])
+
+
+def base_models(labels: Sequence[str]) -> Metadata:
+    """The keys that name the models which another was made from."""
+    parents = list(dict.fromkeys(labels))
+    metadata = {"general.base_model.count": GGUFValue(len(parents), GGUFValueType.UINT32)}
     for i, label in enumerate(parents):
         for key, value in _parent(label).items():
-            general[f"general.base_model.{i}.{key}"] = GGUFValue(value, string)
-    return general
+            metadata[f"general.base_model.{i}.{key}"] = GGUFValue(value, GGUFValueType.STRING)
+    return metadata
 
 
 def _parent(label: str) -> dict[str, str]:
@@ -239,8 +306,8 @@ def _card(recipe: Recipe, mix: Mix) -> Card:
         router=router.mode,
         k=router.k,
         base=mix.base.label,
-        quant=recipe.quant.preset,
-        experts=tuple(ExpertCard(e.name, e.source.label, e.weight, e.spec.quant) for e in mix.experts),
+        quant=recipe.quant.label,
+        experts=tuple(ExpertCard(e.name, e.source.label, e.weight, quant_of(recipe, e.spec)) for e in mix.experts),
         std=router.std,
         seed=router.seed,
         always_on=router.always_on,
@@ -250,4 +317,19 @@ def _card(recipe: Recipe, mix: Mix) -> Card:
         mixed=recipe.mixed,
         trunk=recipe.trunk,
         layers=recipe.layers,
+        compact=_compact_card(mix),
     )
+
+
+def quant_of(recipe: Recipe, expert: ExpertSpec) -> str:
+    """The precision of an expert: its own preset, or what the whole mix has."""
+    return recipe.quant.label if expert.quant == recipe.quant.preset else expert.quant
+
+
+def _compact_card(mix: Mix) -> CompactCard | None:
+    if mix.compaction is None:
+        return None
+    n_ff = int(mix.base.hparam("feed_forward_length"))
+    whole = n_ff * len(mix.experts)
+    widths = tuple(width(mix.groupings[layer]) if layer in mix.groupings else whole for layer in mix.layers)
+    return CompactCard(widths, n_ff, mix.compaction.kld, mix.compaction.n_tokens)

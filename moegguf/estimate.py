@@ -29,6 +29,24 @@ class Memory:
         return self.weights + self.kv_cache + self.compute
 
 
+@dataclass(frozen=True)
+class Fit:
+    """Bytes of memory that there are to run a mix with a context of `n_ctx` tokens."""
+
+    ram: int
+    vram: int
+    n_ctx: int
+
+
+def largest_file(plan: Plan, fit: Fit, compute: int) -> int:
+    """Bytes of the largest file of this mix that runs within `fit`, where `compute` are the bytes of compute buffers.
+
+    A GPU has compute buffers of its own, and takes whole layers: what one layer takes is left free for that.
+    """
+    for_weights = fit.ram + fit.vram - memory_to_run(plan, fit.n_ctx).kv_cache - compute * (2 if fit.vram else 1)
+    return for_weights * plan.mix.n_layer // (plan.mix.n_layer + 1) if fit.vram else for_weights
+
+
 def memory_to_run(plan: Plan, n_ctx: int = DEFAULT_CONTEXT) -> Memory:
     """Memory of the mix at `n_ctx` tokens, or at the model's own context if that is shorter."""
     base = plan.mix.base

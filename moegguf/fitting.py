@@ -16,7 +16,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -529,12 +529,18 @@ def dense_model(recipe: Recipe, options: FitOptions = FitOptions()) -> Iterator[
     if is_base and path.is_file() and is_gguf(path):
         yield path
         return
-    only_base = (ExpertSpec("base", recipe.base, 1.0, PRESET),)
-    all_alike = tuple(replace(expert, weight=1 / len(recipe.experts), quant=PRESET) for expert in recipe.experts)
-    experts = only_base if is_base else all_alike
+    experts = (ExpertSpec("base", recipe.base, 1.0, PRESET),) if is_base else recipe.experts
+    with dense_mix(recipe, experts, options) as path:
+        yield path
+
+
+@contextmanager
+def dense_mix(recipe: Recipe, experts: Sequence[ExpertSpec], options: FitOptions = FitOptions()) -> Iterator[Path]:
+    """The mean of `experts`, all alike, on the trunk of `recipe`: a dense GGUF in Q8_0 that is removed again."""
+    alike = tuple(ExpertSpec(expert.name, expert.source, 1 / len(experts), PRESET) for expert in experts)
     with tempfile.TemporaryDirectory(prefix=".moegguf-fit.", dir=options.folder or recipe.output.parent) as folder:
-        dense = replace(
-            recipe, experts=experts, router=RouterSpec(RouterMode.GATELESS, len(experts)), layout=Layout.FUSED,
-            quant=QuantSpec(PRESET), output=Path(folder) / "base.gguf", layers=None, imatrix="",
+        dense = Recipe(
+            recipe.name, recipe.base, alike, RouterSpec(RouterMode.GATELESS, len(alike)), Layout.FUSED,
+            QuantSpec(PRESET), Path(folder) / "dense.gguf", recipe.folder, trunk=recipe.trunk,
         )  # fmt: skip
         yield build(plan_build(dense, pre=options.pre, stream=options.stream), threads=options.threads).plan.path

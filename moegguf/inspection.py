@@ -173,15 +173,24 @@ class _Counts:
     stacked: int
     used: int
     fused: int
+    widths: tuple[int, ...] = ()
+    """Neurons of each mixed layer of a dense FFN."""
 
     @classmethod
     def of(cls, header: Header, card: Card) -> _Counts:
         arch = header.get("general.architecture")
         if card.layout == Layout.FUSED:
-            return cls(0, 0, len(card.experts))
+            return cls(0, 0, len(card.experts), _widths(header, card))
         width, n_ff = (header.get(f"{arch}.{role}feed_forward_length", 0) for role in ("expert_shared_", ""))
         fused = width // n_ff if isinstance(n_ff, int) and n_ff else 0
         return cls(header.get(f"{arch}.expert_count", 0), header.get(f"{arch}.expert_used_count", 0), fused)
+
+
+def _widths(header: Header, card: Card) -> tuple[int, ...]:
+    """By the tensors: whether they agree with the keys is for llama.cpp to say."""
+    n_layer = header.get(f"{header.get('general.architecture')}.block_count", 0)
+    names = (f"blk.{layer}.ffn_down.weight" for layer in card.layers or range(min(n_layer, len(header.tensors))))
+    return tuple(header.tensors[name].shape[-1] for name in names if name in header.tensors)
 
 
 @dataclass(frozen=True)
@@ -207,7 +216,7 @@ def _expert_bands(header: Header, card: Card, counts: _Counts) -> dict[str, Band
     n_layer = header.get(f"{header.get('general.architecture')}.block_count", 0)
     suffix = "" if card.layout == Layout.FUSED else "_shexp"
     bands: dict[str, Bands] = {}
-    n_fused = 1 if card.is_dense else counts.fused
+    n_fused = 1 if card.is_dense or card.compact else counts.fused
     for layer in card.layers or range(min(n_layer, len(header.tensors))):
         if counts.stacked:
             bands[f"blk.{layer}.ffn_gate_inp.weight"] = Bands()
@@ -231,6 +240,8 @@ def _card_faults(card: Card, counts: _Counts) -> list[str]:
         faults.append(f"{counts.used} stacked and {counts.fused} fused experts run for a token, but k is {card.k}")
     if card.is_gateless and card.k != n:
         faults.append(f"the router is gateless, but {card.k} of {n} experts run for a token")
+    if card.compact and counts.widths != card.compact.widths:
+        faults.append("the widths of its layers are not those that it was compacted to")
     return faults
 
 

@@ -7,7 +7,7 @@ the only file that spells the keys. Build side and runtime side both use it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from gguf import GGUFValue, GGUFValueType
 
@@ -30,6 +30,25 @@ class ExpertCard:
     source: str
     weight: float
     quant: str
+
+
+@dataclass(frozen=True)
+class CompactCard:
+    """What was merged in a compacted mix.
+
+    `widths` are the neurons left in each mixed layer, of `width` in each expert. `kld` is the measured mean divergence
+    from the mix that is not compacted, in nats, over `n_tokens` tokens; None where it was not measured.
+    """
+
+    widths: tuple[int, ...]
+    width: int
+    kld: float | None = None
+    n_tokens: int = 0
+
+    @property
+    def size(self) -> float:
+        """Neurons left, as a multiple of one model's."""
+        return sum(self.widths) / (self.width * len(self.widths))
 
 
 @dataclass(frozen=True)
@@ -58,6 +77,7 @@ class Card:
     trunk: str = "base"
     layers: tuple[int, ...] | None = None
     """The layers that are mixed; None is all."""
+    compact: CompactCard | None = None
 
     @property
     def is_gateless(self) -> bool:
@@ -67,6 +87,16 @@ class Card:
     def is_dense(self) -> bool:
         """Whether the experts collapsed into one: gate-less and fine-grained."""
         return self.is_gateless and self.mixed.startswith("fine-grained")
+
+    def describe_compact(self) -> str:
+        """What was merged, for people; nothing where nothing was."""
+        if self.compact is None:
+            return ""
+        compact, n = self.compact, len(self.experts)
+        low, high = min(compact.widths), max(compact.widths)
+        widths = f"{low}" if low == high else f"{low} to {high}"
+        cost = "not measured" if compact.kld is None else f"KLD {compact.kld:.2g} ({compact.n_tokens} tokens)"
+        return f"{compact.size:.3g}x of {n}x: {widths} neurons a layer, {n * compact.width} in the mix; {cost}"
 
     def describe_router(self) -> str:
         """One line for people."""
@@ -93,6 +123,7 @@ class Card:
             return GGUFValue(values, GGUFValueType.ARRAY, type)
 
         settings = [f"{key}={value}" for key, value in self.settings.items()]
+        is_measured = self.compact is not None and self.compact.kld is not None
         values = {
             "format_version": GGUFValue(FORMAT_VERSION, u32),
             "version": GGUFValue(self.tool_version, string),
@@ -109,6 +140,10 @@ class Card:
             "mix": GGUFValue(self.mixed, string),
             "trunk": GGUFValue(self.trunk, string),
             "layers": None if self.layers is None else array(list(self.layers), u32),
+            "compact.widths": array(list(self.compact.widths), u32) if self.compact else None,
+            "compact.width": GGUFValue(self.compact.width, u32) if self.compact else None,
+            "compact.kld": GGUFValue(self.compact.kld, f32) if is_measured else None,
+            "compact.tokens": GGUFValue(self.compact.n_tokens, u32) if is_measured else None,
             "base": GGUFValue(self.base, string),
             "quant": GGUFValue(self.quant, string),
             "expert.names": array([expert.name for expert in self.experts], string),
@@ -143,6 +178,14 @@ def read_card(header: Header) -> Card | None:
     columns = [get(f"expert.{column}") for column in ("names", "sources", "weights", "quants")]
     if not all(map(_is_list, columns)) or len({len(column) for column in columns}) != 1:
         raise UserError(f"{header.path}: {PREFIX}expert.* are no lists of equal length", "build the mix again")
+    compact = None
+    if PREFIX + "compact.widths" in header.fields:
+        kld, n_tokens = (header.get(f"{PREFIX}compact.{key}") for key in ("kld", "tokens"))
+        compact = CompactCard(get("compact.widths"), get("compact.width"), kld, n_tokens or 0)
+        counts = [compact.width, *compact.widths] if isinstance(compact.widths, list) else []
+        if len(counts) < 2 or not all(type(n) is int and n > 0 for n in counts):
+            raise UserError(f"{header.path}: {PREFIX}compact.* are no counts of neurons", "build the mix again")
+        compact = replace(compact, widths=tuple(compact.widths))
     card = Card(
         name=get("name"),
         tool_version=get("version"),
@@ -161,6 +204,7 @@ def read_card(header: Header) -> Card | None:
         mixed=header.get(PREFIX + "mix", Card.mixed),
         trunk=header.get(PREFIX + "trunk", Card.trunk),
         layers=None if (layers := header.get(PREFIX + "layers")) is None else tuple(layers),
+        compact=compact,
     )
     for key, expected in card.to_metadata().items():
         if key not in header.fields:  # a file of before there was such a key

@@ -11,11 +11,15 @@ and o, because the mean of their outputs is the output of their mean; a trunk ma
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
+
+import numpy as np
 
 from moegguf.errors import UserError
 from moegguf.families import MOE_ARCHITECTURES, PER_LAYER_WIDTHS, TensorName
+from moegguf.quant.imatrix import Imatrix
+from moegguf.quant.neurons import Compaction
 from moegguf.quant.sums import weighted_sum
 from moegguf.recipe import TRUNK_OF_BASE, TRUNK_OF_MEAN, ExpertSpec, Layout, Mixed, Recipe
 from moegguf.routers import FFN, Router, Site, fit_into, make_router
@@ -31,6 +35,8 @@ class Expert:
 
     spec: ExpertSpec
     source: Source
+    imatrix: Imatrix | None = None
+    """What is known of the inputs of its FFNs alone."""
 
     @property
     def name(self) -> str:
@@ -42,6 +48,10 @@ class Expert:
 
     def ffn(self, layer: int, role: str, kind: str = "weight") -> Tensor:
         return self.source.tensors[str(TensorName(layer, role, kind))]
+
+    def importance(self, layer: int, role: str) -> np.ndarray | None:
+        """Of the columns of one of its projections, float32 (n_cols,); None where it is not known."""
+        return None if self.imatrix is None else self.imatrix.entries[str(TensorName(layer, role, "weight"))][0]
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,12 @@ class Mix:
     mixed: Mixed = Mixed.FFN
     layers: tuple[int, ...] = ()
     """The layers whose FFNs are mixed; in the others the trunk has one of its own."""
+    compaction: Compaction | None = None
+
+    @property
+    def groupings(self) -> Mapping[int, np.ndarray]:
+        """Layer → which copies of its neurons are merged; layers in which none are may be missing."""
+        return self.compaction.groupings if self.compaction else {}
 
     @property
     def is_dense(self) -> bool:
@@ -97,6 +113,42 @@ def make_mix(
     trunk |= _trained_trunk(router, trunk)
     has_ffn_bias = str(TensorName(0, "ffn_down", "bias")) in base.tensors
     return Mix(base, experts, router, trunk, has_ffn_bias, recipe.mixed, layers)
+
+
+def with_imatrices(mix: Mix, read: Callable[[str], Imatrix]) -> Mix:
+    """`mix`, its experts with the importance matrices that the recipe names for them.
+
+    Raises one UserError with every file that cannot be read, and that does not fit the FFNs of its expert.
+    """
+    experts, faults = [], []
+    for expert in mix.experts:
+        try:
+            imatrix = read(expert.spec.imatrix) if expert.spec.imatrix else None
+        except UserError as error:
+            faults.append(error)
+            continue
+        experts.append(replace(expert, imatrix=imatrix))
+        faults += _imatrix_faults(mix, expert, imatrix) if imatrix else []
+    if faults:
+        raise UserError.of(faults)
+    return replace(mix, experts=tuple(experts))
+
+
+def _imatrix_faults(mix: Mix, expert: Expert, imatrix: Imatrix) -> list[UserError]:
+    names = [str(TensorName(layer, role, "weight")) for layer in mix.layers for role in FFN_ROLES]
+    shapes = {name: (1, expert.source.tensors[name].n_cols) for name in names}
+    found = {name: imatrix.entries[name].shape if name in imatrix.entries else "missing" for name in names}
+    wrong = [name for name in names if found[name] != shapes[name]]
+    if not wrong:
+        return []
+    more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+    return [
+        UserError(
+            f"{imatrix.path}, imatrix of expert {expert.name}: {wrong[0]}{more} is {found[wrong[0]]}, expected "
+            f"{shapes[wrong[0]]}; it has {', '.join(list(imatrix.entries)[:2])} and others",
+            "calibrate this expert on its own: `moegguf calibrate`; that of a whole mix goes with the recipe",
+        )
+    ]
 
 
 def _widths(base: Source, mixed: Mixed, layers: tuple[int, ...]) -> dict[Site, int]:

@@ -11,10 +11,16 @@
                                                   # { mode = "ridge", k = 2, lambda = 0.01, temperature = 0.1 }
                                                   # { mode = "hidden", k = 2, tap = "router_input", pool = "mean" }
     domains = { math = "math.jsonl", ... }        # text of each expert's domain: for fits, maps and evaluation
+    compact = { size = "1.5x" }                   # gate-less: merge neurons whose copies are alike, to that many times
+                                                  # one model's FFNs, or as far as { max_kld = 0.001 } allows
     always_on = "math"                            # not gate-less: this expert runs for every token
     layout = "mixtral"                            # or fused, shared, auto
     quant = "Q4_K_M"                              # or { preset = "Q4_K_M", attn = "Q8_0", tensors = { REGEX = "F16" } }
-    imatrix = "imatrix.gguf"                      # importance matrix of llama-imatrix, for very low bits
+                                                  # { budget = "12GB" }, { bpw = 4.25 }: types chosen to fit;
+                                                  # { plan = "types.json" }: types that --save-plan wrote
+    round_types = "up"                            # or down: experts of more precisions than a layer holds share them
+    imatrix = "imatrix.gguf"                      # from `moegguf calibrate` or llama-imatrix, for few bits; of the
+                                                  # mix or its base, and in the table of an expert one of its own
     output = "mix.gguf"
 
 The command line makes the same table from its flags and goes through the same checks, so a flag, a key and
@@ -34,7 +40,8 @@ from pathlib import Path
 from gguf import GGMLQuantizationType
 
 from moegguf.errors import UserError
-from moegguf.quant.presets import parse_type, preset
+from moegguf.quant.presets import parse_type, preset, preset_names
+from moegguf.sizes import parse_size
 
 DEFAULT_QUANT = "Q4_K_M"
 TRUNK_OF_BASE, TRUNK_OF_MEAN = "base", "mean"
@@ -119,6 +126,8 @@ class ExpertSpec:
     positive_prompts: tuple[str, ...] = ()
     negative_prompts: tuple[str, ...] = ()
     """What a hidden router learns this expert's domain from."""
+    imatrix: str = ""
+    """The importance matrix of its FFN, in place of the recipe's."""
 
 
 @dataclass(frozen=True)
@@ -159,12 +168,53 @@ class RouterSpec:
 
 
 @dataclass(frozen=True)
+class Budget:
+    """What a mix may take: a file of `n_bytes`, or `bpw` bits for each weight on average. One of the two is set."""
+
+    text: str
+    """As it was written, without blanks."""
+    n_bytes: int | None = None
+    bpw: float | None = None
+
+
+class Rounding(StrEnum):
+    """Which way the precision of an expert goes where a layer cannot hold as many as were asked for."""
+
+    UP = "up"
+    DOWN = "down"
+
+
+@dataclass(frozen=True)
 class QuantSpec:
-    """A preset of llama.cpp, and what overrides it: types by role, and by regular expression on tensor names."""
+    """A preset of llama.cpp, and what overrides it: types by role, and by regular expression on tensor names.
+
+    With a `budget`, or a `plan` (a file), every tensor that a preset would quantise and nothing overrides has a type of
+    its own, in `types` once they are known.
+    """
 
     preset: str
     roles: Mapping[Role, GGMLQuantizationType] = field(default_factory=dict)
     tensors: Mapping[str, GGMLQuantizationType] = field(default_factory=dict)
+    budget: Budget | None = None
+    plan: str = ""
+    types: Mapping[str, GGMLQuantizationType] = field(default_factory=dict)
+    chosen_for: str = ""
+    """The budget that `types` were chosen for."""
+
+    @property
+    def label(self) -> str:
+        """What a file says of itself: a preset, a budget, or the name of a plan."""
+        return self.chosen_for or (self.budget.text if self.budget else Path(self.plan).stem or self.preset)
+
+
+@dataclass(frozen=True)
+class CompactSpec:
+    """How far neurons whose copies are alike are merged; one of the two is set."""
+
+    size: float | None = None
+    """Neurons that are left, as a multiple of one model's: from 1 to the number of experts."""
+    max_kld: float | None = None
+    """As few as keep the measured KL divergence from the whole mix below this, in nats."""
 
 
 @dataclass(frozen=True)
@@ -185,6 +235,7 @@ class Recipe:
     """The layers that are mixed; None is all of them."""
     domains: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Expert → references of texts of its domain (`moegguf.texts`)."""
+    compact: CompactSpec | None = None
     imatrix: str = ""
     description: str = ""
     license: str = ""
@@ -240,6 +291,10 @@ def _overridden(table: Mapping[str, object], overrides: Mapping[str, object]) ->
             each["router"] = _Checker.router_table(each["router"])
         if not isinstance(each.get("quant", {}), dict):
             each["quant"] = {"preset": each["quant"]}
+    if _TARGETS & set(new.get("quant", {})):  # a preset, a budget and a plan exclude each other
+        old["quant"] = {key: value for key, value in old.get("quant", {}).items() if key not in _TARGETS}
+    if "compact" in new:  # a size and a largest KLD are no parts of one thing
+        old.pop("compact", None)
     if any(
         new.get("router", {}).get(key, old["router"].get(key)) != old["router"].get(key) for key in ("mode", "file")
     ):
@@ -263,11 +318,37 @@ def parse_recipe(name: str, table: Mapping[str, object], *, where: str, folder: 
     return _Checker(where).recipe(name, table, folder)
 
 
+def rounded(experts: tuple[ExpertSpec, ...], router: RouterSpec, rounding: Rounding) -> tuple[ExpertSpec, ...]:
+    """`experts` with no more precisions than a layer holds, each raised or lowered as little as possible.
+
+    Gate-less: two neighbouring ranges of precisions, each as its finest (up) or coarsest (down). Routed: one for all
+    but an always-on expert.
+    """
+    order = preset_names().index
+    pick = min if rounding is Rounding.UP else max  # the finest comes first
+    routed = [expert for expert in experts if expert.name != router.always_on]
+    quants = sorted({expert.quant for expert in routed}, key=order)
+    if not router.is_gateless:
+        ranges = [quants]
+    elif len(quants) <= 2:
+        return experts
+    else:
+        splits = [(quants[:cut], quants[cut:]) for cut in range(1, len(quants))]
+        ranges = min(
+            splits,
+            key=lambda split: sum(abs(order(q) - order(pick(part, key=order))) for part in split for q in part),
+        )
+    becomes = {quant: pick(part, key=order) for part in ranges for quant in part}
+    return tuple(replace(e, quant=becomes[e.quant]) if e in routed else e for e in experts)
+
+
 _MISSING = object()
 _KEYS = (
-    "base", "trunk", "experts", "mix", "layers", "router", "domains", "always_on", "layout", "quant", "imatrix",
-    "output", "description", "license",
+    "base", "trunk", "experts", "mix", "layers", "router", "domains", "compact", "always_on", "layout", "quant",
+    "round_types", "imatrix", "output", "description", "license",
 )  # fmt: skip
+_TARGETS = {"preset", "budget", "bpw", "plan"}
+_MAX_BPW = 32
 _ROUTER_KEYS = {
     RouterMode.GATELESS: (),
     RouterMode.NOISY: ("k", "std", "seed", "shared"),
@@ -296,14 +377,16 @@ class _Checker:
         quant = self.quant(table.get("quant", DEFAULT_QUANT))
         experts = self.experts(table.get("experts", _MISSING), quant)
         router = self.router(table.get("router", RouterMode.GATELESS), table.get("always_on"), experts)
+        if "round_types" in table and (rounding := self.choice("round_types", table["round_types"], Rounding)):
+            experts = rounded(experts, router, rounding)
         mixed = self.choice("mix", table.get("mix", Mixed.FFN), Mixed) or Mixed.FFN
         layers = self.layers(table["layers"]) if "layers" in table else None
-        layout = self.layout(
-            table.get("layout"), router, experts, must_be_dense=mixed.fine_grained or layers is not None
-        )
+        compact = self.compact(table["compact"], mixed, router, experts) if "compact" in table else None
+        must_be_dense = mixed.fine_grained or layers is not None or compact is not None
+        layout = self.layout(table.get("layout"), router, experts, must_be_dense=must_be_dense)
         trunk = self.trunk(table.get("trunk", TRUNK_OF_BASE), experts)
         domains = self.domains(table.get("domains", {}), experts)
-        output = self.text("output", table.get("output", f"{name}-{quant.preset}.gguf"), "name a .gguf file")
+        output = self.text("output", table.get("output", f"{name}-{quant.label}.gguf"), "name a .gguf file")
         texts = {
             key: self.text(key, table.get(key, ""), "write a string", empty=True)
             for key in ("imatrix", "description", "license")
@@ -313,7 +396,9 @@ class _Checker:
         if self.faults:
             raise UserError.of(self.faults)
         path = Path(os.path.expanduser(output))  # noqa: PTH111 (pathlib raises for a ~user that there is not)
-        return Recipe(name, base, experts, router, layout, quant, path, folder, mixed, trunk, layers, domains, **texts)
+        return Recipe(
+            name, base, experts, router, layout, quant, path, folder, mixed, trunk, layers, domains, compact, **texts
+        )
 
     def known_keys(self, prefix: str, table: Mapping[str, object], keys: tuple[str, ...]) -> None:
         for key in table:
@@ -349,7 +434,7 @@ class _Checker:
         specs = []
         for i, (item, weight) in enumerate(zip(value, weights, strict=True)):
             key = f"experts[{i}]."
-            self.known_keys(key, item, ("name", "source", "weight", "quant", *_PROMPTS))
+            self.known_keys(key, item, ("name", "source", "weight", "quant", "imatrix", *_PROMPTS))
             name = self.text(f"{key}name", item.get("name", _MISSING), "give every expert a short name")
             if name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
                 self.fault(f"{key}name", name, "letters, digits, '.', '_' and '-'", "rename it")
@@ -359,7 +444,8 @@ class _Checker:
             source = self.text(f"{key}source", item.get("source", _MISSING), "say where its weights are")
             expert_quant = self.preset(f"{key}quant", item["quant"]) if "quant" in item else quant.preset
             prompts = (self.texts(f"{key}{side}", item.get(side, []), "write a list of prompts") for side in _PROMPTS)
-            specs.append(ExpertSpec(name, source, weight, expert_quant, *prompts))
+            imatrix = self.text(f"{key}imatrix", item.get("imatrix", ""), "write a string", empty=True)
+            specs.append(ExpertSpec(name, source, weight, expert_quant, *prompts, imatrix=imatrix))
         return tuple(specs)
 
     def texts(self, key: str, value: object, mend: str) -> tuple[str, ...]:
@@ -397,6 +483,31 @@ class _Checker:
         if not items:
             self.fault("layers", value, "at least one layer", "leave it out to mix all layers")
         return tuple(sorted(layers))
+
+    def compact(
+        self, value: object, mixed: Mixed, router: RouterSpec, experts: tuple[ExpertSpec, ...]
+    ) -> CompactSpec | None:
+        if not isinstance(value, dict) or len(value) != 1 or not set(value) <= {"size", "max_kld"}:
+            self.fault("compact", value, '{ size = "1.5x" } or { max_kld = 0.001 }', "write one of the two")
+            return None
+        if not router.is_gateless:
+            self.fault("compact", value, "only with router gateless", "a router needs all experts apart: remove it")
+        if mixed.fine_grained:
+            self.fault("compact", value, f"only with mix = ffn or ffn+attention, not {mixed}", "it is of one model's"
+                       " size already: remove it")  # fmt: skip
+        if "max_kld" in value:
+            mend = "0.001 nats is about what Q4_K_M costs"
+            return CompactSpec(
+                max_kld=self.number("compact.max_kld", value["max_kld"], integer=False, low=1e-9, high=10, mend=mend)
+            )
+        return CompactSpec(size=self.size(value["size"], max(1, len(experts))))
+
+    def size(self, value: object, n: int) -> float:
+        match = re.fullmatch(r"(\d{1,4}(?:\.\d{1,9})?)x?", str(value))
+        if match and not isinstance(value, bool) and 1 <= float(match[1]) <= n:
+            return float(match[1])
+        self.fault("compact.size", value, f"1x to {n}x", "1x is the size of one model, more is closer to the mix")
+        return float(n)
 
     def weights(self, experts: list[dict]) -> list[float]:
         if not any("weight" in item for item in experts):
@@ -511,7 +622,8 @@ class _Checker:
                 if not gateless and not router.always_on
                 else ("two different ones" if gateless else "one for the always-on expert and one for all others")
             )
-            self.fault("experts.quant", quants, allowed, "a layer holds at most two precisions: raise or lower some")
+            mend = "a layer holds at most two precisions: raise or lower some, or pass --round-types up or down"
+            self.fault("experts.quant", quants, allowed, mend)
         if asked is None:
             return Layout.SHARED if len(quants) > 1 or router.always_on else Layout.MIXTRAL
         if asked == "auto":
@@ -530,7 +642,8 @@ class _Checker:
     def dense_layout(self, asked: Layout | str | None, quants: list[str]) -> Layout:
         """The layout of gate-less mixes that only a dense FFN can hold."""
         if asked not in (None, "auto", Layout.FUSED):
-            self.fault("layout", asked, "fused for a fine-grained mix, or one of some layers", "drop the layout")
+            allowed = "fused for a fine-grained mix, one of some layers, or a compact one"
+            self.fault("layout", asked, allowed, "drop the layout")
         if len(quants) > 1:
             self.fault("experts.quant", quants, "one for all experts in layout fused", "give all experts one quant")
         return Layout.FUSED
@@ -545,7 +658,9 @@ class _Checker:
     def quant(self, value: object) -> QuantSpec:
         if not isinstance(value, dict):
             return QuantSpec(self.preset("quant", value))
-        self.known_keys("quant.", value, ("preset", *Role, "tensors"))
+        self.known_keys("quant.", value, ("preset", "budget", "bpw", "plan", *Role, "tensors"))
+        if len(targets := sorted(_TARGETS & set(value))) > 1:
+            self.fault("quant", " and ".join(targets), "one of preset, budget, bpw and plan", "leave the others out")
         roles = {role: self.type(f"quant.{role}", value[role]) for role in Role if role in value}
         patterns = value.get("tensors", {})
         if not isinstance(patterns, dict):
@@ -557,7 +672,23 @@ class _Checker:
             except re.error as error:
                 self.fault("quant.tensors", pattern, f"a regular expression ({error})", "mend the pattern")
         tensors = {pattern: self.type(f"quant.tensors.{pattern}", type) for pattern, type in patterns.items()}
-        return QuantSpec(self.preset("quant.preset", value.get("preset", DEFAULT_QUANT)), roles, tensors)
+        return QuantSpec(
+            self.preset("quant.preset", value.get("preset", DEFAULT_QUANT)), roles, tensors, self.budget(value),
+            self.text("quant.plan", value.get("plan", ""), "name the file that --save-plan wrote", empty=True),
+        )  # fmt: skip
+
+    def budget(self, table: Mapping[str, object]) -> Budget | None:
+        if "bpw" in table:
+            mend = "4.25 is about the size of Q4_K_S"
+            bpw = self.number("quant.bpw", table["bpw"], integer=False, low=1, high=_MAX_BPW, mend=mend)
+            return Budget(f"{bpw:g}bpw", bpw=float(bpw))
+        if "budget" not in table:
+            return None
+        try:
+            return Budget("".join(str(table["budget"]).split()), n_bytes=parse_size(str(table["budget"])))
+        except UserError as error:
+            self.faults.append(UserError(f"{self.where} quant.budget: {error.message}", error.mend))
+            return None
 
     def preset(self, key: str, value: object) -> str:
         try:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValue
@@ -134,6 +135,13 @@ class Source:
         return int(self.hparam("block_count"))
 
 
+class Columns(NamedTuple):
+    """The columns `numbers` of a tensor that has `of`."""
+
+    numbers: np.ndarray
+    of: int
+
+
 @dataclass(frozen=True)
 class Part:
     """One source tensor inside an output tensor, times `scale`, quantised with `importance` (per column)."""
@@ -141,6 +149,13 @@ class Part:
     tensor: Tensor
     scale: float = 1.0
     importance: np.ndarray | None = None
+    columns: Columns | None = None
+    """Which columns of the tensor of its name in a dense model it has; None is all."""
+
+    @property
+    def n_dense_cols(self) -> int:
+        """Columns of that tensor."""
+        return self.columns.of if self.columns else self.tensor.n_cols
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ def unpadded_header_bytes(arch: str, metadata: Metadata, tensors: Sequence[Plann
 
 def data_bytes(planned: Sequence[Planned]) -> int:
     """Bytes of all tensors, padding included."""
-    return sum(_padded(tensor.nbytes) for tensor in planned)
+    return sum(padded(tensor.nbytes) for tensor in planned)
 
 
 def write_gguf(path: Path, header: bytes, planned: Sequence[Planned], threads: int, progress: Progress) -> Written:
@@ -95,7 +95,8 @@ def write_gguf(path: Path, header: bytes, planned: Sequence[Planned], threads: i
     return Written(size, requantised)
 
 
-def _padded(n: int) -> int:
+def padded(n: int) -> int:
+    """`n` bytes with what aligns the tensor that follows."""
     return -(-n // ALIGNMENT) * ALIGNMENT
 
 
@@ -134,7 +135,7 @@ def _chunks(planned: Sequence[Planned], offset: int) -> Iterator[_Chunk]:
                 stop = min(start + step, n_rows)
                 yield _Chunk(tensor, band, start, stop, at)
                 at += (stop - start) * tensor.row_bytes
-        offset += _padded(tensor.nbytes)
+        offset += padded(tensor.nbytes)
 
 
 def _write_chunks(file: BufferedWriter, chunks: Iterable[_Chunk], threads: int) -> Iterator[_Done]:

@@ -58,8 +58,8 @@ def test_every_help_has_examples_that_name_the_command(command, capsys):
 def test_the_help_lists_every_command(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
-    out = capsys.readouterr().out
-    assert all(f"    {name} " in out and summary in out for name, summary in COMMANDS.items())
+    words = " ".join(capsys.readouterr().out.split())
+    assert all(f" {name} {summary} " in words for name, summary in COMMANDS.items())
 
 
 def test_the_help_of_a_command_shows_every_flag_of_build(capsys):

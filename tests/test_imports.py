@@ -16,15 +16,15 @@ import moegguf
 
 PACKAGE = Path(moegguf.__file__).parent
 BUILD_SIDE = (
-    "assign", "build", "demo", "edit", "estimate", "families", "inspection", "layouts", "mix", "quant", "recipe",
-    "reference", "routers", "sources", "tensor", "writer",
+    "allocation", "assign", "build", "demo", "drift", "edit", "estimate", "families", "inspection", "layouts", "mix",
+    "prune", "quant", "recipe", "reference", "routers", "sources", "tensor", "writer",
 )  # fmt: skip
 RUNTIME = ("runtime",)
 MEASURE = ("measure",)
 """Numbers and pictures of what was run; knows neither side."""
-COMMON = ("__init__", "atomic", "errors", "gguf_header", "journal", "metadata", "texts")
+COMMON = ("__init__", "atomic", "errors", "gguf_header", "journal", "metadata", "sizes", "squares", "texts")
 """What both sides use."""
-GLUE = ("divergences", "fitting", "torch_engine")
+GLUE = ("calibration", "compaction", "divergences", "fitting", "probing", "saliency", "torch_engine")
 """What needs several sides for one purpose; used by commands, and by each other."""
 ENDS = ("__main__", "cli", "commands")
 """Where users come in."""

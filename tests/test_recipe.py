@@ -138,7 +138,7 @@ FAULTS = {
         {"quant": {"ffn": "Q8_0"}},
         "quant.ffn",
         "'Q8_0'",
-        "preset, embed, output, attn, experts, tensors",
+        "preset, budget, bpw, plan, embed, output, attn, experts, tensors",
     ),
     "unknown router": ({"router": "gate-less"}, "router", "'gate-less'", "gateless, noisy"),
     "unknown router mode": ({"router": {"mode": "Noisy"}}, "router.mode", "'Noisy'", "gateless, noisy"),

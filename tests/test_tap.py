@@ -15,7 +15,7 @@ from gguf import GGMLQuantizationType
 
 from conftest import CLOSE, TOKENS, build_dense, build_mix, distance, read_tensors
 from moegguf.errors import UserError
-from moegguf.runtime import tap
+from moegguf.runtime import tap, watch
 from moegguf.runtime.model import Model, RunOptions, open_model
 from moegguf.runtime.sampling import Sampling
 from moegguf.runtime.tap import Tap, Tapped, available
@@ -166,7 +166,7 @@ def test_a_sequence_longer_than_a_batch_is_evaluated_as_one(mix: Path, monkeypat
     texts = sequences(50, 3, 2)
     with open_model(mix, EXACT) as model:
         whole = tapped(model, ROUTING, texts)
-        monkeypatch.setattr(tap, "max_outputs", lambda n_vocab: 16)
+        monkeypatch.setattr(watch, "max_outputs", lambda n_vocab: 16)
         with Tap(model, ROUTING) as reader:
             first, second = reader.run(texts)
     assert (first.lengths, second.lengths) == ((50,), (3, 2))
@@ -179,11 +179,11 @@ def test_ending_the_graph_early_changes_nothing_and_saves_the_rest(mix: Path, mo
     values, n_asked = [], []
     with open_model(mix, EXACT) as model:
         for has_gpu in (False, True):
-            monkeypatch.setattr(tap, "has_gpu", lambda has_gpu=has_gpu: has_gpu)
+            monkeypatch.setattr(watch, "has_gpu", lambda has_gpu=has_gpu: has_gpu)
             with Tap(model, [tap.ROUTER_INPUT, tap.MOE_TOPK], [0]) as reader:
-                asked = []
-                wants = reader._wants
-                monkeypatch.setattr(reader, "_wants", lambda tensor, w=wants, a=asked: (a.append(tensor), w(tensor))[1])
+                asked, own = [], reader._watch
+                wants = own._wants
+                monkeypatch.setattr(own, "_wants", lambda tensor, w=wants, a=asked: (a.append(tensor), w(tensor))[1])
                 list(reader.run(texts))
                 (again,) = reader.run(texts)
             values.append(again.values)
@@ -273,7 +273,7 @@ def test_an_exception_inside_the_callback_is_raised(mix: Path, monkeypatch):
 
     with open_model(mix, EXACT) as model, Tap(model, ROUTING) as reader:
         with monkeypatch.context() as patch:
-            patch.setattr(tap, "_values", fail)
+            patch.setattr(tap, "values_of", fail)
             with pytest.raises(ZeroDivisionError, match="inside"):
                 list(reader.run(sequences(5)))
         (after,) = reader.run(sequences(5))

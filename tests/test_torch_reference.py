@@ -22,7 +22,6 @@ import tiny_models
 from conftest import CLOSE, KINDS, TOKENS, Family, build_dense, build_mix, distance, logits, make_recipe, rewrite
 from moegguf.build import open_mix
 from moegguf.cli import main
-from moegguf.torch_engine import open_checked, open_engine
 from moegguf.demo import MEMBERS
 from moegguf.demo.text import SAMPLE_QUESTIONS
 from moegguf.errors import UserError
@@ -32,6 +31,7 @@ from moegguf.runtime.batch import generate_greedy, score
 from moegguf.runtime.chat import Conversation
 from moegguf.runtime.model import RunOptions, open_model
 from moegguf.runtime.sampling import Sampling
+from moegguf.torch_engine import open_checked, open_engine
 from peft_adapters import anywhere, ends_with, linear_shapes, write_adapter
 
 torch = pytest.importorskip("torch")

@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
+from gguf import GGMLQuantizationType
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -20,22 +24,33 @@ from rich.progress import (
 )
 from rich.table import Column, Table
 
-from moegguf.build import Built, Plan, build, plan_build, usable_cores
+from moegguf.allocation import Allocation, allocate, n_surveyed, precisions, survey
+from moegguf.build import Built, Plan, build, plan_build, quant_of, usable_cores
+from moegguf.drift import measure_drift
 from moegguf.errors import UserError, one_line
-from moegguf.estimate import memory_to_run
-from moegguf.families import TensorName
+from moegguf.estimate import DEFAULT_CONTEXT, Fit, largest_file, memory_to_run
+from moegguf.families import PER_LAYER_WIDTHS, TensorName
 from moegguf.mix import ATTENTION_ROLES, FFN_ROLES, Expert
+from moegguf.quant.imatrix import importance_notes
+from moegguf.quant.influence import group
+from moegguf.quant.neurons import Compaction
+from moegguf.quant.type_plan import write_type_plan
 from moegguf.recipe import (
     TRUNK_OF_BASE,
     TRUNK_OF_MEAN,
+    Budget,
     Layout,
     Mixed,
     Recipe,
+    Rounding,
     find_recipes_file,
     load_recipe,
     parse_recipe,
 )
 from moegguf.routers import Router
+from moegguf.sizes import parse_size
+from moegguf.sizes import show_size as _size
+from moegguf.tensor import Planned
 
 HELP = "Mix fine-tunes of one model into a Mixture of Experts and write it as one quantised GGUF."
 MAX_THREADS = 512
@@ -45,6 +60,7 @@ examples:
   moegguf build mymix --recipes my.toml --quant Q6_K   your own recipe file, another quant
   moegguf build --base ./base --expert math=./math --expert code=hf:org/code -o mix.gguf
   moegguf build --base ./base --expert math=lora:./math-adapter --expert code=lora:hf:org/code-adapter -o mix.gguf
+  moegguf build demo --compact 1.5x                    merged until it is 1.5 times one model; says what that costs
   moegguf build mymix --dry-run                        sizes and memory; reads no weights
 
 sources: a Hugging Face folder, a .gguf file, hf:org/name[@revision], lora:ADAPTER[::SOURCE], demo:NAME
@@ -83,7 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=TEXT",
-        help="text of an expert's domain (.txt, .jsonl), which a ridge or hidden router is fitted to",
+        help="text of an expert's domain (.txt, .jsonl): ridge and hidden routers are fitted, merges judged by it",
     )
     mix.add_argument(
         "--mix",
@@ -93,6 +109,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     mix.add_argument("--layers", metavar="LIST", help="gateless: mix these layers only, such as 0,4-7 (default: all)")
     mix.add_argument(
         "--trunk", metavar="WHICH", help="what is not mixed comes from: base (default), mean of all experts, or NAME"
+    )
+    mix.add_argument(
+        "--compact",
+        metavar="SIZE|kld=MAX",
+        help="gateless: merge neurons whose copies are alike, to 1.5x one model's FFNs, or as far as a KLD of MAX from "
+        "the whole mix, measured on --domain texts, allows",
     )
     mix.add_argument(
         "--layout",
@@ -110,13 +132,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--quant-tensor", action="append", default=[], metavar="REGEX=TYPE", help="type of the tensors that match"
     )
     output.add_argument(
-        "--imatrix", metavar="FILE", help="importance matrix of llama-imatrix (GGUF); presets below 3 bits need one"
+        "--budget", metavar="SIZE", help="size of the file, such as 12GB: the type of every tensor is chosen to fit"
+    )
+    output.add_argument("--bpw", type=float, help="likewise, as bits per weight on average, such as 4.25")
+    output.add_argument(
+        "--fit", metavar="RAM=SIZE[,VRAM=SIZE]", help="likewise, so that file, KV cache and buffers fit into memory"
+    )
+    output.add_argument("--ctx", type=int, metavar="N", help="--fit: context in tokens (default: 4096)")
+    output.add_argument("--plan", metavar="FILE", help="types that --save-plan wrote, perhaps edited")
+    output.add_argument("--save-plan", type=Path, metavar="FILE", help="write the types that were chosen for a budget")
+    output.add_argument(
+        "--probe",
+        action=argparse.BooleanOptionalAction,
+        help="with a budget: measure on --domain texts what errors cost (default: for mixes below 200 MB in 16 bits)",
+    )
+    output.add_argument(
+        "--round-types", choices=[*map(str, Rounding)], help="experts of more precisions than a layer holds share them"
+    )
+    output.add_argument(
+        "--imatrix",
+        metavar="FILE",
+        help="importance matrix, from `moegguf calibrate` or llama-imatrix; presets below 3 bits need one",
     )
     output.add_argument("-o", "--output", metavar="FILE", help="file to write (default: NAME-QUANT.gguf here)")
     output.add_argument("--force", action="store_true", help="replace the output file if it exists")
     how = parser.add_argument_group("how")
     how.add_argument(
-        "--dry-run", action="store_true", help="show the plan and its sizes; read no weights, write nothing"
+        "--dry-run",
+        action="store_true",
+        help="show the plan and its sizes; read no weights (a budget: a sample of them), write nothing",
     )
     how.add_argument(
         "--stream", action="store_true", help="read Hub models by range; keep nothing of them on this disk"
@@ -137,9 +181,22 @@ def run(args: argparse.Namespace) -> int:
     if recipe.router.is_unfitted and not args.dry_run:  # everything else that can be wrong is known by now
         router = _fitted(console, recipe, args)
         plan = plan_build(recipe, router=router, stream=stream, pre=args.pre, overwrite=args.force)
+    if recipe.compact and not args.dry_run:
+        compaction = _merges(console, recipe, args)
+        plan = plan_build(recipe, compaction=compaction, stream=stream, pre=args.pre, overwrite=args.force)
+    allocation = _allocated(console, plan, args) if recipe.quant.budget else None
+    plan = allocation.plan if allocation else plan
     console.print(_plan_table(plan))
+    _print_precisions(console, plan, allocation)
     _print_notes(console, plan)
+    if not stream:
+        _print_drift(console, plan)
+    if allocation and args.save_plan:
+        write_type_plan(args.save_plan, recipe.name, recipe.quant.label, allocation.loss, plan.planned)
+        console.print(f"saved the types to {args.save_plan}; use them again with --plan", highlight=False)
     if args.dry_run:
+        if recipe.compact:
+            console.print("note: these are the sizes of the whole mix; what is merged is chosen by a build")
         console.print("dry run: nothing was written")
         return 0
     threads = args.threads or max(usable_cores(), STREAMING_THREADS if args.stream else 1)
@@ -175,6 +232,96 @@ def _fitted(console: Console, recipe: Recipe, args: argparse.Namespace) -> Route
     return fitted.router
 
 
+def _merges(console: Console, recipe: Recipe, args: argparse.Namespace) -> Compaction:
+    """What a compact mix merges, chosen on its texts."""
+    from moegguf.compaction import CompactOptions, choose_merges
+
+    options = CompactOptions(threads=args.threads, pre=args.pre, stream=args.stream)
+    with _bar("compacting", TextColumn("{task.description}")) as bar:
+        task = bar.add_task("", total=None)
+        chosen = choose_merges(recipe, options, hear=lambda what: bar.update(task, description=what))
+    if (cost := chosen.divergence) is not None:
+        error = "" if cost.kld.error is None else f" ± {cost.kld.error:.1g}"
+        console.print(
+            f"merged: KLD {cost.kld.value:.2g}{error} nats from the whole mix, which finds the same token likeliest "
+            f"{cost.top1.value:.1%} of the time ({cost.n_tokens} held-out tokens)",
+            highlight=False,
+        )
+    return chosen.compaction
+
+
+def _allocated(console: Console, plan: Plan, args: argparse.Namespace) -> Allocation:
+    """`plan` with the types that its budget allows."""
+    from moegguf import probing
+
+    threads = args.threads or max(usable_cores(), STREAMING_THREADS if args.stream else 1)
+    limit = _limit_of_memory(console, plan, args) if args.fit else plan.recipe.quant.budget
+    with _bar("measuring errors", MofNCompleteColumn(), TextColumn("tensors")) as bar:
+        task = bar.add_task("", total=n_surveyed(plan))
+        found = survey(plan, threads=threads, progress=lambda n: bar.advance(task, n))
+    allocate(found, limit)  # says now if it cannot be
+    if args.probe or (args.probe is None and probing.is_cheap(found)):
+        with _bar("probing the mix", MofNCompleteColumn(), TextColumn("probes")) as bar:
+            task = bar.add_task("", total=probing.n_probes(found))
+            found = probing.corrected(found, threads=threads, progress=lambda n: bar.advance(task, n))
+    allocation = allocate(found, limit)
+    console.print(_allocation_table(allocation))
+    return allocation
+
+
+def _limit_of_memory(console: Console, plan: Plan, args: argparse.Namespace) -> Budget:
+    """What --fit leaves for the file."""
+    from moegguf.runtime.footprint import compute_bytes
+
+    fit = _fit(args)
+    memory = memory_to_run(plan, fit.n_ctx)
+    compute = compute_bytes(plan.header, plan.n_bytes, memory.n_ctx, plan.path.parent)
+    n_bytes = largest_file(plan, fit, compute)
+    needs = f"{_size(memory.kv_cache)} for the KV cache of {memory.n_ctx} tokens and {_size(compute)} of buffers"
+    if n_bytes <= 0:
+        raise UserError(f"--fit {args.fit}: leaves nothing for the file, after {needs}", "take a smaller --ctx")
+    console.print(f"{args.fit}: {needs} leave {_size(n_bytes)} for the file", highlight=False)
+    return replace(plan.recipe.quant.budget, n_bytes=n_bytes)
+
+
+def _allocation_table(allocation: Allocation) -> Table:
+    """By group of tensors: types, bits per weight, and share of the predicted loss."""
+    how = "measured influences" if allocation.survey.is_measured else "influences by rule"
+    table = Table(
+        "tensors", "types", Column("bits per weight", justify="right"), Column("size", justify="right"),
+        Column("share of loss", justify="right"),
+        title=f"types for {allocation.plan.recipe.quant.label}: predicted loss {allocation.loss:.2g} nats ({how})",
+        title_justify="left", box=None, pad_edge=False,
+    )  # fmt: skip
+    groups: dict[str, list[Planned]] = {}
+    for tensor in allocation.plan.planned:
+        if tensor.name in allocation.losses:
+            groups.setdefault(group(tensor.name), []).append(tensor)
+    for name, tensors in groups.items():
+        n_bytes = sum(tensor.nbytes for tensor in tensors)
+        share = sum(allocation.losses[tensor.name] for tensor in tensors) / (allocation.loss or 1)
+        types = Counter(tensor.type for tensor in tensors)
+        bits = 8 * n_bytes / sum(tensor.slot.n_weights for tensor in tensors)
+        table.add_row(name, _types(types), f"{bits:.2f}", _size(n_bytes), f"{share:.1%}")
+    return table
+
+
+def _types(types: Mapping[GGMLQuantizationType, int]) -> str:
+    return ", ".join(f"{n} × {type.name}" for type, n in sorted(types.items(), key=lambda item: -item[1]))
+
+
+def _print_precisions(console: Console, plan: Plan, allocation: Allocation | None) -> None:
+    """What each expert is stored in, where that is not one preset for all."""
+    if not allocation and not plan.recipe.quant.types and len({e.quant for e in plan.recipe.experts}) < 2:
+        return
+    for name, precision in precisions(plan, allocation.survey.sensitivities if allocation else {}).items():
+        error = "" if precision.error is None else f", weighted error {precision.error:.2%}"
+        console.print(
+            f"expert {name}: {_types(precision.types)}, {precision.bits_per_weight:.2f} bits per weight{error}",
+            highlight=False,
+        )
+
+
 def _overrides(args: argparse.Namespace) -> dict[str, object]:
     """The recipe table that the flags stand for."""
     flags = {
@@ -185,9 +332,11 @@ def _overrides(args: argparse.Namespace) -> dict[str, object]:
         "trunk": args.trunk,
         "router": _router(args),
         "domains": _domains(args),
+        "compact": _compact(args),
         "always_on": args.always_on,
         "layout": args.layout,
         "quant": _quant(args),
+        "round_types": args.round_types,
         "imatrix": _from_here(args.imatrix),
         "output": args.output,
     }
@@ -231,12 +380,42 @@ def _domains(args: argparse.Namespace) -> dict[str, list[str]] | None:
     return domains or None
 
 
+def _compact(args: argparse.Namespace) -> dict | None:
+    if args.compact is None:
+        return None
+    key, is_kld, value = args.compact.partition("=")
+    return {"max_kld" if key == "kld" else key: _number("--compact", value)} if is_kld else {"size": key}
+
+
 def _quant(args: argparse.Namespace) -> dict | str | None:
     roles = dict(_pairs("--quant-role", args.quant_role, "ROLE=TYPE"))
     tensors = dict(_pairs("--quant-tensor", args.quant_tensor, "REGEX=TYPE"))
-    if not roles and not tensors:
-        return args.quant
-    return ({"preset": args.quant} if args.quant else {}) | roles | ({"tensors": tensors} if tensors else {})
+    budget = args.budget
+    if args.fit:
+        if budget:
+            raise UserError("--fit and --budget: both set the size of the file", "leave one of them out")
+        budget = f"{(_fit(args).ram + _fit(args).vram) / 1e9:.6g}GB"
+    elif args.ctx is not None:
+        raise UserError("--ctx goes with --fit: it says for how many tokens there is to be room", "leave it out")
+    if args.save_plan and not (budget or args.bpw):
+        raise UserError("--save-plan goes with --budget, --bpw or --fit", "leave it out")
+    if args.save_plan and not args.save_plan.parent.is_dir():
+        raise UserError(f"{args.save_plan.parent}: no such folder to write a plan to", "create it")
+    targets = {"preset": args.quant, "budget": budget, "bpw": args.bpw, "plan": _from_here(args.plan)}
+    quant = {key: value for key, value in targets.items() if value is not None}
+    return (quant | roles | ({"tensors": tensors} if tensors else {})) or None
+
+
+def _fit(args: argparse.Namespace) -> Fit:
+    """What --fit and --ctx say."""
+    pairs = dict(_pairs("--fit", args.fit.split(","), "RAM=SIZE[,VRAM=SIZE]"))
+    sizes = {name.strip().upper(): size for name, size in pairs.items()}
+    if "RAM" not in sizes or not set(sizes) <= {"RAM", "VRAM"}:
+        raise UserError(f"--fit {args.fit}: expected RAM=SIZE[,VRAM=SIZE]", f"for example --fit {_EXAMPLE['--fit']}")
+    n_ctx = DEFAULT_CONTEXT if args.ctx is None else args.ctx
+    if n_ctx < 1:
+        raise UserError(f"--ctx {n_ctx}: expected at least 1 token", "4096 is the default")
+    return Fit(parse_size(sizes["RAM"]), parse_size(sizes["VRAM"]) if "VRAM" in sizes else 0, n_ctx)
 
 
 def _pairs(flag: str, values: list[str], form: str) -> list[tuple[str, str]]:
@@ -251,6 +430,7 @@ _EXAMPLE = {
     "--weight": "math=0.5",
     "--domain": "math=sums.jsonl",
     "--quant-role": "attn=Q8_0",
+    "--fit": "RAM=16GB,VRAM=8GB",
     "--quant-tensor": "'blk\\.0\\..*=Q6_K'",
 }
 
@@ -271,14 +451,16 @@ def _plan_table(plan: Plan) -> Table:
     table.add_row("base", mix.base.label)
     for expert in mix.experts:
         share = f"  weight {expert.weight:.3g}" if plan.card.is_gateless else ""
-        table.add_row(f"expert {expert.name}", f"{expert.source.label}  {expert.spec.quant}{share}")
+        table.add_row(f"expert {expert.name}", f"{expert.source.label}  {quant_of(recipe, expert.spec)}{share}")
     table.add_row("router", plan.card.describe_router())
     if recipe.mixed is not Mixed.FFN or recipe.layers is not None:
         table.add_row("mixed", f"{recipe.mixed} in {len(mix.layers)} of {mix.n_layer} layers")
     if recipe.trunk != TRUNK_OF_BASE:
         table.add_row("trunk", "the mean of all experts" if recipe.trunk == TRUNK_OF_MEAN else recipe.trunk)
+    if plan.card.compact:
+        table.add_row("compacted", plan.card.describe_compact())
     table.add_row("layout", f"{recipe.layout} (architecture {plan.form.arch})")
-    table.add_row("quant", f"{recipe.quant.preset}, {plan.bits_per_weight:.2f} bits per weight")
+    table.add_row("quant", f"{recipe.quant.label}, {plan.bits_per_weight:.2f} bits per weight")
     table.add_row("size", f"{_size(plan.n_bytes)}, {plan.n_weights / 1e6:.1f} M weights, {len(plan.planned)} tensors")
     memory = memory_to_run(plan)
     table.add_row("to run", f"about {_size(memory.total)} of memory with a context of {memory.n_ctx} tokens")
@@ -309,6 +491,26 @@ def _print_notes(console: Console, plan: Plan) -> None:
             "which costs quality; sources in bf16 or f16 avoid that",
             highlight=False,
         )
+    for note in importance_notes(plan.planned):
+        console.print(f"note: {one_line(note)}", highlight=False)
+
+
+def _print_drift(console: Console, plan: Plan) -> None:
+    """How far the experts of a gate-less mix are apart, and what one dense FFN in their place would save and cost."""
+    if not plan.card.is_gateless or plan.card.is_dense or len(plan.mix.experts) < 2:
+        return
+    drift = measure_drift(plan.mix)
+    each = ", ".join(f"{name} {share:.1%}" for name, share in drift.by_expert.items())
+    console.print(f"drift of the experts from their mean: {each}", highlight=False)
+    if plan.mix.compaction or plan.mix.base.arch not in PER_LAYER_WIDTHS:
+        return
+    n = len(plan.mix.experts)
+    saved = sum(tensor.nbytes for tensor in plan.planned if tensor.slot.preset) * (n - 1) / n
+    console.print(
+        f"note: --compact 1x would save {_size(int(saved))} at a KLD of some {drift.estimated_kld:.0e} nats (an "
+        "estimate by the fourth power of drift); --compact kld=0.001 finds and measures what is between",
+        highlight=False,
+    )
 
 
 def _unused_targets(plan: Plan, expert: Expert) -> list[str]:
@@ -348,7 +550,3 @@ def _print_built(console: Console, built: Built) -> None:
         f"try: moegguf chat {built.plan.path}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
-
-
-def _size(n_bytes: int) -> str:
-    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.2f} MB"

@@ -133,9 +133,9 @@ def _open_gguf(args: argparse.Namespace) -> Iterator[_Opened]:
 
 @contextlib.contextmanager
 def _open_recipe(args: argparse.Namespace) -> Iterator[_Opened]:
-    from moegguf.torch_engine import open_checked, open_engine
     from moegguf.recipe import find_recipes_file, load_recipe
     from moegguf.runtime.model import RunOptions
+    from moegguf.torch_engine import open_checked, open_engine
 
     options = _run_options(args)
     if options != RunOptions(ctx=options.ctx, threads=options.threads):

@@ -78,6 +78,9 @@ def _facts(found: Inspection) -> list[tuple[str, str]]:
         facts.append(("router", card.describe_router()))
         facts.append(("layout", card.layout))
         facts.append(("mixed", _describe_mixed(card)))
+        if card.compact:
+            facts.append(("compacted", card.describe_compact()))
+            facts.append(("neurons", f"by layer: {' '.join(map(str, card.compact.widths))}"))
     experts = f", {found.n_expert_used} of {found.n_expert} stacked experts" if found.n_expert else ""
     facts.append(("architecture", f"{found.arch}: {found.n_layer} layers, hidden size {found.n_embd}{experts}"))
     facts.append(("context", f"{found.n_ctx} tokens"))

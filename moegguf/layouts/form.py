@@ -1,20 +1,24 @@
-"""What layouts share: the two ways to put expert tensors together.
+"""What layouts share: the ways to put expert tensors together.
 
 Shapes, numpy order: gate and up are (n_ff, n_embd), down is (n_embd, n_ff).
-stack  → (n_expert, rows, cols), the experts one below the other
-fuse   → gate and up (Σ n_ff, n_embd) below each other; down (n_embd, Σ n_ff) side by side
+stack   → (n_expert, rows, cols), the experts one below the other
+fuse    → gate and up (Σ n_ff, n_embd) below each other; down (n_embd, Σ n_ff) side by side
+compact → as fuse, with copies of a neuron merged where a grouping says so
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
+import numpy as np
 from gguf import GGUFValue, GGUFValueType
 
 from moegguf.families import TensorName
 from moegguf.mix import Expert, Mix
+from moegguf.quant.neurons import gather_columns, gather_rows, kept, merge_columns, merge_rows, merged
 from moegguf.quant.sums import weighted_sum
-from moegguf.tensor import Metadata, Part, Slot, Tensor
+from moegguf.tensor import Columns, Metadata, Part, Slot, Tensor
 
 Share = tuple[Expert, float]
 """An expert and the factor that its down projection carries."""
@@ -27,7 +31,7 @@ def copy(tensor: Tensor) -> Slot:
 
 def stack(layer: int, role: str, shares: Sequence[Share]) -> Slot:
     """blk.N.ROLE_exps: (n_expert, rows, cols). The factors go into down."""
-    parts = [Part(expert.ffn(layer, role), _factor(role, factor)) for expert, factor in shares]
+    parts = [_part(layer, role, share) for share in shares]
     shape = (len(parts), *parts[0].tensor.shape)
     return Slot(
         str(TensorName(layer, f"{role}_exps", "weight")), shape, tuple((part,) for part in parts), _preset(shares)
@@ -36,13 +40,41 @@ def stack(layer: int, role: str, shares: Sequence[Share]) -> Slot:
 
 def fuse(layer: int, role: str, name: str, shares: Sequence[Share]) -> Slot:
     """One FFN projection that holds the neurons of all experts; the factors go into down."""
-    parts = tuple(Part(expert.ffn(layer, role), _factor(role, factor)) for expert, factor in shares)
+    parts = [_part(layer, role, share) for share in shares]
+    return _side_by_side(layer, role, name, parts, _preset(shares))
+
+
+def compact(layer: int, role: str, shares: Sequence[Share], grouping: np.ndarray) -> Slot:
+    """`fuse` with some copies of neurons merged: those that stay, expert by expert, then those that were merged."""
+    whole, n_ff = [_part(layer, role, share) for share in shares], grouping.shape[1]
+    gather, merge = (gather_columns, merge_columns) if role == "ffn_down" else (gather_rows, merge_rows)
+    parts = [
+        replace(part, tensor=gather(part.tensor, neurons), **_inputs(role, part.importance, neurons, n_ff))
+        for part, neurons in zip(whole, kept(grouping), strict=True)
+    ]
+    known = [part.importance for part in whole if part.importance is not None]
+    mean = np.mean(known, axis=0, dtype=np.float32) if known else None
+    together = merge([part.tensor for part in whole], [factor for _, factor in shares], grouping)
+    parts.append(Part(together, **_inputs(role, mean, merged(grouping), n_ff)))
+    return _side_by_side(layer, role, role, [part for part in parts if 0 not in part.tensor.shape], _preset(shares))
+
+
+def _inputs(role: str, importance: np.ndarray | None, neurons: np.ndarray, n_ff: int) -> dict[str, object]:
+    """What a part that has these of `n_ff` neurons says of its columns. Those of gate and up are no neurons."""
+    if role != "ffn_down":
+        return {"importance": importance}
+    known = None if importance is None else importance[neurons]
+    return {"importance": known, "columns": Columns(neurons, n_ff)}
+
+
+def _side_by_side(layer: int, role: str, name: str, parts: Sequence[Part], preset: str) -> Slot:
+    """Projections of several FFNs as those of one: down side by side, gate and up below each other."""
     rows, cols = parts[0].tensor.shape
     if role == "ffn_down":
-        shape, bands = (rows, sum(part.tensor.n_cols for part in parts)), (parts,)
+        shape, bands = (rows, sum(part.tensor.n_cols for part in parts)), (tuple(parts),)
     else:
         shape, bands = (sum(part.tensor.n_rows for part in parts), cols), tuple((part,) for part in parts)
-    return Slot(str(TensorName(layer, name, "weight")), shape, bands, _preset(shares))
+    return Slot(str(TensorName(layer, name, "weight")), shape, bands, preset)
 
 
 def average(layer: int, role: str, shares: Sequence[Share], kind: str = "weight") -> Slot:
@@ -50,7 +82,9 @@ def average(layer: int, role: str, shares: Sequence[Share], kind: str = "weight"
     name = str(TensorName(layer, role, kind))
     tensors = [expert.ffn(layer, role, kind) for expert, _ in shares]
     total = weighted_sum(name, tensors, [factor for _, factor in shares])
-    return Slot(name, total.shape, ((Part(total),),), _preset(shares))
+    known = [expert.importance(layer, role) for expert, _ in shares if expert.imatrix and kind == "weight"]
+    importance = np.mean(known, axis=0, dtype=np.float32) if known else None
+    return Slot(name, total.shape, ((Part(total, importance=importance),),), _preset(shares))
 
 
 def fuse_bias(layer: int, role: str, shares: Sequence[Share]) -> Slot:
@@ -62,6 +96,11 @@ def fuse_bias(layer: int, role: str, shares: Sequence[Share]) -> Slot:
     else:
         parts = tuple(map(Part, tensors))
     return Slot(name, (sum(part.tensor.n_cols for part in parts),), (parts,), _preset(shares))
+
+
+def _part(layer: int, role: str, share: Share) -> Part:
+    expert, factor = share
+    return Part(expert.ffn(layer, role), _factor(role, factor), expert.importance(layer, role))
 
 
 def _preset(shares: Sequence[Share]) -> str:

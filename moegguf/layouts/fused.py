@@ -7,7 +7,8 @@ are mixed, the widths become an array, for which the graph of `llama` has a twin
 src/models/deci.cpp). The other layers keep the trunk's FFN.
 
 A fine-grained mix averages the outputs of gate, up and down each on its own; they are linear, so that is the dense
-FFN of mean weights, as wide as one expert's.
+FFN of mean weights, as wide as one expert's. A compacted mix lies in between: copies of a neuron that are nearly alike
+are one neuron (`moegguf.quant.neurons`), and every layer is as wide as what is left.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from __future__ import annotations
 from gguf import GGUFValue, GGUFValueType
 
 from moegguf.families import PER_LAYER_WIDTHS
-from moegguf.layouts.form import Share, architecture_metadata, assemble, average, fuse, fuse_bias
+from moegguf.layouts.form import Share, architecture_metadata, assemble, average, compact, fuse, fuse_bias
 from moegguf.mix import FFN_ROLES, Mix
+from moegguf.quant.neurons import width as width_of
 from moegguf.tensor import Form, Slot
 
 
@@ -34,15 +36,19 @@ def _ffn_slots(mix: Mix, layer: int, shares: list[Share]) -> list[Slot]:
     if mix.is_dense:
         kinds = ("weight", "bias") if mix.has_ffn_bias else ("weight",)
         return [average(layer, role, shares, kind) for kind in kinds for role in FFN_ROLES]
+    if layer in mix.groupings:
+        return [compact(layer, role, shares, mix.groupings[layer]) for role in FFN_ROLES]
     slots = [fuse(layer, role, role, shares) for role in FFN_ROLES]
     return slots + ([fuse_bias(layer, role, shares) for role in FFN_ROLES] if mix.has_ffn_bias else [])
 
 
 def _widened(value: GGUFValue, mix: Mix) -> GGUFValue:
-    """The widths of mixed layers times N: a scalar, or an array where layers differ."""
+    """The widths of mixed layers with the neurons of all experts: a scalar, or an array where layers differ."""
     n = len(mix.experts)
-    if not isinstance(value.value, list) and len(mix.layers) == mix.n_layer:
-        return GGUFValue(n * value.value, value.type)
-    widths = value.value if isinstance(value.value, list) else [value.value] * mix.n_layer
-    widths = [n * width if layer in mix.layers else width for layer, width in enumerate(widths)]
+    dense = value.value if isinstance(value.value, list) else [value.value] * mix.n_layer
+    widths = [n * width if layer in mix.layers else width for layer, width in enumerate(dense)]
+    for layer, grouping in mix.groupings.items():
+        widths[layer] = width_of(grouping)
+    if not isinstance(value.value, list) and len(set(widths)) == 1:
+        return GGUFValue(widths[0], value.type)
     return GGUFValue(widths, GGUFValueType.ARRAY, value.sub_type or value.type)

@@ -12,6 +12,8 @@ Always-on, with k of them active in all: shared is f_a / k, the stack carries (k
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from gguf import GGUFValue, GGUFValueType
 
@@ -41,18 +43,28 @@ def lay_out(mix: Mix) -> Form:
 
 def _groups(mix: Mix) -> tuple[list[Share], list[Share], int]:
     """The shared group, the routed stack, and how many of the stack run for a token."""
-    k = mix.router.k
-    if not mix.router.is_gateless:
-        shared = [(expert, 1 / k) for expert in mix.experts if expert.name == mix.router.always_on]
-        routed = [(expert, (k - 1) / k) for expert in mix.experts if expert.name != mix.router.always_on]
-        return shared, routed, k - 1
-    finest = min((expert.spec.quant for expert in mix.experts), key=preset_names().index)
-    in_shared = [expert for expert in mix.experts if expert.spec.quant == finest]
-    if len(in_shared) == len(mix.experts):
-        in_shared = in_shared[:-1]
-    in_routed = [expert for expert in mix.experts if expert not in in_shared]
+    quants = {expert.name: expert.spec.quant for expert in mix.experts}
+    names, _ = split(quants, mix.router.always_on)
+    in_shared = [expert for expert in mix.experts if expert.name in names]
+    in_routed = [expert for expert in mix.experts if expert.name not in names]
+    if mix.router.always_on:
+        k = mix.router.k
+        return [(e, 1 / k) for e in in_shared], [(e, (k - 1) / k) for e in in_routed], k - 1
     size = len(in_routed)
     return [(e, e.weight) for e in in_shared], [(e, size * e.weight) for e in in_routed], size
+
+
+def split(quants: Mapping[str, str], always_on: str | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The experts of the shared group and those of the stack, in order. `quants`: expert → preset; without an
+    `always_on` expert the mix is gate-less."""
+    if always_on:
+        shared = [always_on]
+    else:
+        finest = min(quants.values(), key=preset_names().index)
+        shared = [name for name, quant in quants.items() if quant == finest]
+        if len(shared) == len(quants):
+            shared = shared[:-1]
+    return tuple(shared), tuple(name for name in quants if name not in shared)
 
 
 def _metadata(mix: Mix, n_shared: int, n_routed: int, k: int) -> Metadata:

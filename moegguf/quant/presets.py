@@ -342,6 +342,11 @@ def preset_names() -> tuple[str, ...]:
     return tuple(_PRESETS)
 
 
+def presets() -> tuple[Preset, ...]:
+    """All presets, most bits first."""
+    return tuple(_PRESETS.values())
+
+
 def preset(name: str) -> Preset:
     """The preset that llama.cpp calls `name`, in any case. Raises UserError for an unknown one."""
     upper = name.upper()

@@ -1,0 +1,152 @@
+"""`moegguf prune`: a copy of a finished mix without some of its experts."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Column, Table
+
+from moegguf.commands.options import check_range
+from moegguf.edit import FinishedMix, read_mix
+from moegguf.errors import UserError, one_line
+from moegguf.prune import Pruned, plan_prune, routed, write_pruned
+from moegguf.recipe import find_recipes_file, load_recipe
+from moegguf.texts import Record, read_domains
+
+HELP = """\
+Write a mix again without some of its experts. Bytes of the others are copied; nothing is quantised again.
+
+--drop names the experts to leave out; --keep N keeps those that matter most on the texts: by REAP, the mean over the
+tokens that reach an expert of its output's length times its weight. With texts, the cost is measured on one half of
+them: the KL divergence of the pruned mix from the full one. The router loses rows and is not fitted again.
+
+Works on layout mixtral, gate-less or with a router, and on mixes with an always-on expert, which stays.
+"""
+EXAMPLES = """\
+examples:
+  moegguf prune mix.gguf --drop clinic -o smaller.gguf
+  moegguf prune mix.gguf --keep 2 --text math=sums.jsonl talk=talk.txt -o smaller.gguf
+  moegguf prune mix.gguf --keep 2 --domains mymix -o smaller.gguf
+
+text: .txt and .md files, .jsonl of {"text"}, {"prompt", "completion"}, {"messages"} or {"question", "answer"},
+demo:DOMAIN
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from moegguf.runtime.model import MAX_THREADS
+
+    parser.add_argument("file", type=Path, metavar="MIX", help="a mix with experts in stacks: layout mixtral or shared")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--drop", action="append", metavar="NAME", help="an expert to leave out; once for each")
+    which.add_argument("--keep", type=int, metavar="N", help="keep the N experts that matter most on the texts")
+    text = parser.add_argument_group("text to rank by and to measure on")
+    text.add_argument("--text", nargs="+", action="extend", default=[], metavar="FILE", help="FILE, or NAME=FILE")
+    text.add_argument("--domains", metavar="RECIPE", help="the texts under `domains` of this recipe")
+    text.add_argument("--recipes", type=Path, metavar="FILE", help="recipes file (default: moegguf's models.toml)")
+    text.add_argument("--max-tokens", type=int, default=4096, metavar="N", help="of each text (default: 4096)")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="file to write")
+    parser.add_argument("--force", action="store_true", help="replace the output file if it exists")
+    parser.add_argument("--threads", type=int, metavar="N", help=f"CPU threads, at most {MAX_THREADS}")
+
+
+def run(args: argparse.Namespace) -> int:
+    from moegguf.runtime.model import MAX_THREADS
+    from moegguf.saliency import halves
+
+    check_range("--max-tokens", args.max_tokens, 2)
+    check_range("--threads", args.threads, 1, MAX_THREADS)
+    if args.output.suffix != ".gguf":
+        raise UserError(f"-o {args.output}: expected a name that ends in .gguf", "runtimes look for that ending")
+    console = Console(markup=False, highlight=False)
+    mix = read_mix(args.file)
+    _check_keep(mix, args)
+    plan_prune(mix, args.drop or routed(mix.card)[args.keep :], args.output, overwrite=args.force)  # or fail now
+    texts = _texts(args)
+    to_rank, to_measure = halves(mix.header, texts, args.max_tokens) if texts else ([], [])
+    drop = args.drop or _least(console, mix, to_rank, args)
+    pruned = plan_prune(mix, drop, args.output, overwrite=args.force)
+    _write(console, mix, pruned, drop, args)
+    if to_measure:
+        _print_cost(console, mix, to_measure, args)
+    return 0
+
+
+def _check_keep(mix: FinishedMix, args: argparse.Namespace) -> None:
+    if args.keep is None:
+        return
+    n = len(routed(mix.card))
+    if not 1 <= args.keep < n:
+        besides = f" besides {mix.card.always_on}" if mix.card.always_on else ""
+        raise UserError(f"--keep {args.keep}: expected 1 to {n - 1}", f"{mix.path} has {n} experts{besides}")
+    if not (args.text or args.domains):
+        raise UserError(f"--keep {args.keep}: takes text to rank experts by", "pass --text FILE or --domains RECIPE")
+
+
+def _texts(args: argparse.Namespace) -> Mapping[str, Sequence[Record]]:
+    """Name → records; none where none are asked for."""
+    refs = {spec: [spec.partition("=")[2] or spec] for spec in args.text}
+    texts = read_domains(refs)
+    if args.domains:
+        recipe = load_recipe(args.domains, args.recipes or find_recipes_file(), {})
+        texts |= read_domains(recipe.domains, recipe.folder)
+        if not texts:
+            raise UserError(f"recipe {recipe.name} names no domains", 'give it domains = { NAME = "file.jsonl" }')
+    return texts
+
+
+def _least(console: Console, mix: FinishedMix, chunks: Sequence, args: argparse.Namespace) -> list[str]:
+    """The experts that matter least, and all but `--keep` of them. Prints the ranking."""
+    from moegguf.saliency import rank
+
+    n_tokens = sum(map(len, chunks))
+    with _bar("ranking", n_tokens) as bar:
+        ranks = rank(mix, chunks, threads=args.threads, progress=lambda n: bar.advance(bar.task_ids[0], n))
+    table = Table("expert", Column("score", justify="right"), Column("tokens", justify="right"), "", box=None,
+                  pad_edge=False)  # fmt: skip
+    for place, one in enumerate(ranks):
+        verdict = "kept" if place < args.keep else "dropped"
+        table.add_row(one_line(one.expert), f"{one.score:.3f}", f"{one.share:.1%}", verdict)
+    console.print(f"share of each expert in the router-weighted norm of outputs (REAP), {n_tokens} tokens:")
+    console.print(table)
+    return [one.expert for one in ranks[args.keep :]]
+
+
+def _write(console: Console, mix: FinishedMix, pruned: Pruned, drop: Sequence[str], args: argparse.Namespace) -> None:
+    start = time.monotonic()
+    n_bytes = write_pruned(pruned, args.output, threads=args.threads or 1)
+    old = mix.header.file_size
+    console.print(
+        f"wrote {args.output} ({n_bytes / 1e6:.2f} MB, was {old / 1e6:.2f} MB) without {', '.join(drop)} in "
+        f"{time.monotonic() - start:.2f} s: {pruned.card.describe_router()}",
+        soft_wrap=True,
+    )
+
+
+def _print_cost(console: Console, mix: FinishedMix, chunks: Sequence, args: argparse.Namespace) -> None:
+    from moegguf.saliency import measure_cost
+
+    with _bar("measuring", 2 * sum(len(chunk) - 1 for chunk in chunks)) as bar:
+        cost = measure_cost(
+            mix, args.output, chunks, threads=args.threads, progress=lambda n: bar.advance(bar.task_ids[0], n)
+        )
+    error = "" if cost.kld.error is None else f" ± {cost.kld.error:.1g}"
+    console.print(
+        f"cost: KLD {cost.kld.value:.2g}{error} nats from the full mix, which finds the same token likeliest "
+        f"{cost.top1.value:.1%} of the time; perplexity {cost.perplexity.value:.3f}, was "
+        f"{cost.perplexity_reference.value:.3f} ({cost.n_tokens} held-out tokens)",
+        soft_wrap=True,
+    )
+
+
+def _bar(what: str, total: int) -> Progress:
+    bar = Progress(TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"),
+                   console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True)  # fmt: skip
+    bar.add_task("", total=total)
+    return bar

@@ -1,0 +1,29 @@
+"""Sizes of files and of memory, as people write them: decimal kB, MB, GB, TB, binary KiB, MiB, GiB, TiB."""
+
+from __future__ import annotations
+
+import re
+
+from moegguf.errors import UserError
+
+_UNITS = {"": 1, "b": 1} | {
+    f"{letter}{infix}b": base**power
+    for infix, base in (("", 1000), ("i", 1024))
+    for power, letter in enumerate("kmgt", 1)
+}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 12GB, 800 MB, 7.5GiB or 4096. Raises UserError for anything else, and for none at all."""
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*([A-Za-z]*)", text.strip(), re.ASCII)
+    unit = _UNITS.get(match[2].lower()) if match else None
+    if match is None or unit is None or not (n_bytes := int(float(match[1]) * unit)):
+        raise UserError(f"{text!r}: is no size", "write it like 12GB, 800MB or 7.5GiB")
+    return n_bytes
+
+
+def show_size(n_bytes: int, *, up: bool = False) -> str:
+    """In GB or MB, two decimals; `up` rounds up, for a size that is to be enough."""
+    unit, name = (10**9, "GB") if n_bytes >= 10**9 else (10**6, "MB")
+    hundredths = -(-100 * n_bytes // unit) if up else 100 * n_bytes / unit
+    return f"{hundredths / 100:.2f} {name}"
