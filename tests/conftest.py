@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,11 @@ from moegguf.build import Built, build, plan_build
 from moegguf.gguf_header import read_header
 from moegguf.quant import ggml
 from moegguf.recipe import Recipe, parse_recipe
+
+if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
+    # llama.cpp's threads spin while they wait for each other: workers that share cores would mostly wait
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
 KINDS = tuple(tiny_models.KINDS)
 TOKENS = (3, 5, 8, 13, 21, 34, 55, 89, 144, 233, 377, 5, 8, 34)

@@ -167,15 +167,27 @@ def test_ctrl_c_ends_it_and_leaves_the_model_usable(tmp_path: Path):
         assert len(dict(generate_greedy(model, [[7]] * 3, 5, lambda token: False))) == 3
 
 
+class PressOnce:
+    """A stderr whose first line presses Ctrl-C."""
+
+    def __init__(self) -> None:
+        self.was_pressed = False
+
+    def write(self, text: str) -> None:
+        if not self.was_pressed:
+            self.was_pressed = True
+            signal.raise_signal(signal.SIGINT)
+
+
 def test_ctrl_c_while_llama_cpp_writes_its_log_is_not_lost(tmp_path: Path, monkeypatch):
-    """No exception leaves a callback of C, so the log keeps it until the call is over."""
+    """An exception raised in a callback of C is lost, so a key press is kept until the call is over."""
     path = write_gguf(tmp_path / "m.gguf", babbling())
-    log = llama_log()
-    monkeypatch.setattr(log, "_take", lambda level, text: signal.raise_signal(signal.SIGINT))
-    with pytest.raises(KeyboardInterrupt):
-        open_model(path, RunOptions(threads=1))
-    monkeypatch.undo()
-    with open_model(path, RunOptions(threads=1)) as model:
-        monkeypatch.setattr(log, "_take", lambda level, text: signal.raise_signal(signal.SIGINT))
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.stderr", PressOnce())
+        with pytest.raises(KeyboardInterrupt):
+            open_model(path, RunOptions(threads=1, verbose=True))
+    with open_model(path, RunOptions(threads=1)) as model, monkeypatch.context() as patch:
+        patch.setattr(llama_log(), "_verbose", True)
+        patch.setattr("sys.stderr", PressOnce())
         with pytest.raises(KeyboardInterrupt):
             list(score(model, [[5, 6]], [0]))

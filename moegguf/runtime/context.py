@@ -10,8 +10,6 @@ llama.cpp's abort callback. Where a GPU backend computes, llama.cpp asks that ca
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -20,6 +18,7 @@ import llama_cpp
 import numpy as np
 
 from moegguf.errors import UserError
+from moegguf.runtime.interrupt import kept_interrupt
 from moegguf.runtime.log import llama_log
 
 MAX_BATCH = 512
@@ -46,7 +45,7 @@ class Context:
         params.n_ubatch = params.n_batch
         params.kv_unified = True
         llama_log().forget()
-        self.pointer = llama_cpp.llama_init_from_model(weights, params)
+        self.pointer = _init(weights, params)
         if not self.pointer:
             raise UserError(f"llama.cpp cannot run it: {llama_log().reason()}", "take a smaller --ctx")
         self._params = params  # holds the callback that llama.cpp calls
@@ -54,11 +53,6 @@ class Context:
         self._memory = llama_cpp.llama_get_memory(self.pointer)
         self._n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(weights))
         self._n_outputs = 0
-        try:
-            llama_log().raise_interrupt()
-        except KeyboardInterrupt:
-            self.close()
-            raise
 
     def __enter__(self) -> Context:
         return self
@@ -124,27 +118,29 @@ def check_fits(n_tokens: int, n_ctx: int) -> None:
         raise UserError(f"a text takes {n_tokens} tokens, the context holds {n_ctx}", "cut it, or take a larger --ctx")
 
 
+def _init(weights: llama_cpp.llama_model_p, params: llama_cpp.llama_context_params) -> int | None:
+    """A new context, or None where there is too little memory. Raises KeyboardInterrupt, and leaves none then."""
+    pointer = None
+    try:
+        with kept_interrupt():
+            pointer = llama_cpp.llama_init_from_model(weights, params)
+    except KeyboardInterrupt:
+        if pointer:
+            llama_cpp.llama_free(pointer)
+        raise
+    return pointer
+
+
 @contextmanager
 def interruptible(context: llama_cpp.llama_context_p) -> Iterator[None]:
-    """Let Ctrl-C end the llama_decode call within this block, as KeyboardInterrupt.
-
-    Only where Ctrl-C means Python's default; a server that handles signals itself is left alone.
-    """
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield
-        return
-    pressed = threading.Event()
-    abort = llama_cpp.ggml_abort_callback(lambda _: pressed.is_set())
-    signal.signal(signal.SIGINT, lambda *_: pressed.set())
-    llama_cpp.llama_set_abort_callback(context, abort, None)
-    try:
-        yield
-    except RuntimeError:  # llama_decode returned 2: aborted
-        if not pressed.is_set():
-            raise
-    finally:
-        llama_cpp.llama_set_abort_callback(context, llama_cpp.ggml_abort_callback(), None)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    if pressed.is_set():
-        raise KeyboardInterrupt
+    """Let Ctrl-C end the llama_decode call within this block, as KeyboardInterrupt."""
+    with kept_interrupt() as pressed:
+        abort = llama_cpp.ggml_abort_callback(lambda _: pressed.is_set())
+        llama_cpp.llama_set_abort_callback(context, abort, None)
+        try:
+            yield
+        except RuntimeError:  # llama_decode returned 2: aborted
+            if not pressed.is_set():
+                raise
+        finally:
+            llama_cpp.llama_set_abort_callback(context, llama_cpp.ggml_abort_callback(), None)

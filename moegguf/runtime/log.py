@@ -31,7 +31,6 @@ class Log:
         """Forget what was said so far, so that `reason` speaks of what follows."""
         self._level = 0
         self._errors: deque[str] = deque(maxlen=50)
-        self._interrupted = False
 
     @contextmanager
     def heard(self) -> Iterator[list[str]]:
@@ -43,19 +42,7 @@ class Log:
         finally:
             self._heard = None
 
-    def raise_interrupt(self) -> None:
-        """Raise the KeyboardInterrupt that came while llama.cpp was speaking: no exception leaves a callback of C."""
-        if self._interrupted:
-            self._interrupted = False
-            raise KeyboardInterrupt
-
     def _write(self, level: int, text: bytes, _user_data) -> None:
-        try:
-            self._take(level, text)
-        except KeyboardInterrupt:
-            self._interrupted = True
-
-    def _take(self, level: int, text: bytes) -> None:
         line = text.decode("utf-8", errors="replace")
         self._level = self._level if level == _CONTINUED else level
         if self._verbose:

@@ -26,6 +26,7 @@ from moegguf.errors import UserError
 from moegguf.gguf_header import Header, read_header
 from moegguf.metadata import Card, read_card
 from moegguf.runtime.context import Context, interruptible
+from moegguf.runtime.interrupt import kept_interrupt
 from moegguf.runtime.log import llama_log
 from moegguf.runtime.machine import physical_cores
 from moegguf.runtime.sampling import MAX_SEED, Sampling
@@ -74,7 +75,8 @@ def open_model(path: str | Path, options: RunOptions = RunOptions()) -> Model:
     log = llama_log()
     log.start(options.verbose)
     try:
-        llama = llama_cpp.Llama(str(path), **_llama_arguments(header, options))
+        with kept_interrupt():
+            llama = llama_cpp.Llama(str(path), **_llama_arguments(header, options))
     except (ValueError, RuntimeError, MemoryError) as error:
         raise UserError(f"{path}: llama.cpp cannot run it: {log.reason() or error}", _mend(log.reason())) from error
     except jinja2.TemplateError as error:
@@ -89,8 +91,7 @@ def open_model(path: str | Path, options: RunOptions = RunOptions()) -> Model:
     try:
         if options.adapter:
             model.load_adapter(options.adapter)
-        log.raise_interrupt()
-    except (UserError, KeyboardInterrupt):
+    except UserError:
         model.close()
         raise
     return model

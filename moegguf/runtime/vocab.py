@@ -14,6 +14,7 @@ import llama_cpp
 
 from moegguf.errors import UserError
 from moegguf.gguf_header import read_header
+from moegguf.runtime.interrupt import kept_interrupt
 from moegguf.runtime.log import llama_log
 
 
@@ -74,12 +75,12 @@ def open_vocab(path: str | Path) -> Vocab:
     llama_log().forget()
     params = llama_cpp.llama_model_default_params()
     params.vocab_only = True
-    model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+    with kept_interrupt():
+        model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
     if not model:
         raise UserError(f"{path}: llama.cpp cannot read its vocabulary: {llama_log().reason()}", "convert it again")
     vocab = Vocab(llama_cpp.llama_model_get_vocab(model))
     weakref.finalize(vocab, llama_cpp.llama_model_free, model)
-    llama_log().raise_interrupt()
     return vocab
 
 
