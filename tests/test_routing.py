@@ -313,7 +313,7 @@ def test_domains_come_from_a_recipe_and_from_flags_and_add_up(noisy, text, tmp_p
         '[mix.my]\nbase = "b"\nexperts = [{ name = "e0", source = "x" }, { name = "e1", source = "y" }]\n'
         'domains = { e1 = "text.txt", e0 = "more.jsonl" }\n'
     )
-    flags = ("--recipe", "my", "--recipes", tmp_path / "my.toml", "--text", f"new={text}")
+    flags = ("--domains", "my", "--recipes", tmp_path / "my.toml", "--text", f"new={text}")
     domains = mapped(tmp_path, noisy, *flags, "--text", f"e0={text}")["domains"]
     assert list(domains) == ["e1", "e0", "new", route_map.ALL]
     assert domains["e1"]["layers"] == domains["new"]["layers"]
@@ -404,8 +404,8 @@ def test_a_dense_model_has_no_routers(family, tmp_path, text, capsys):
         (["--text", "d=missing.txt"], "missing.txt: cannot be read"),
         (["--text", "d=empty.txt"], "empty.txt: is empty"),
         (["--text", "d=text.pdf"], "text.pdf: is no text"),
-        (["--recipe", "nothing"], "has no recipe 'nothing'"),
-        (["--recipe", "merlinite-2x"], "recipe merlinite-2x: has no domains"),
+        (["--domains", "nothing"], "has no recipe 'nothing'"),
+        (["--domains", "merlinite-2x"], "recipe merlinite-2x: has no domains"),
         (["--text", "d=text.txt", "--segment", "0"], "--segment 0: expected a whole number from 1 to"),
         (["--text", "d=text.txt", "--cache", "1", "4"], "--cache 4: expected a whole number from 1 to 3"),
         (["--text", "d=text.txt", "--max-tokens", "0"], "--max-tokens"),

@@ -39,7 +39,7 @@ A run that was stopped goes on where it was, and more text is added to a file th
 EXAMPLES = """\
 examples:
   moegguf calibrate mix.gguf --text general=talk.txt --text math=sums.jsonl      writes imatrix.gguf
-  moegguf calibrate mix.gguf --recipe mymix --split experts/                     the domains of a recipe
+  moegguf calibrate mix.gguf --domains mymix --split experts/                     the domains of a recipe
   moegguf calibrate demo:math --text math=demo:math -o math.imatrix.gguf         an expert alone, on its own trunk
   moegguf calibrate mymix --recipes my.toml -o experts/                          all experts of a recipe
   moegguf build mymix --recipes my.toml --quant IQ2_M --imatrix imatrix.gguf
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--text", action="append", default=[], metavar="NAME=FILE",
         help="text of a domain; once for each file. Of a recipe, NAME is an expert, and it replaces its domain's text",
     )  # fmt: skip
-    text.add_argument("--recipe", metavar="NAME", help="take the domains of this recipe as texts")
+    text.add_argument("--domains", metavar="RECIPE", help="the texts under `domains` of this recipe")
     text.add_argument("--max-tokens", type=int, metavar="N", help="tokens of each text (default: 51200)")
     text.add_argument("--chunk", type=int, metavar="N", help="tokens that run as one (default: 512, or the context)")
     output = parser.add_argument_group("output")
@@ -144,13 +144,13 @@ def _texts_of(recipe: Recipe) -> dict[str, _Text]:
 def _texts(args: argparse.Namespace) -> dict[str, _Text]:
     """What is to run through one model: the domains of a recipe, and what is given besides."""
     texts = _given_texts(args)
-    if args.recipe is not None:
-        of_recipe = _texts_of(load_recipe(args.recipe, args.recipes or find_recipes_file(), {}))
+    if args.domains is not None:
+        of_recipe = _texts_of(load_recipe(args.domains, args.recipes or find_recipes_file(), {}))
         texts = {**of_recipe, **{name: of_recipe[name] + text if name in of_recipe else text
                                  for name, text in texts.items()}}  # fmt: skip
     if not texts:
         raise UserError(
-            "no text to calibrate with", "pass --text NAME=FILE, or --recipe NAME for the domains of a recipe"
+            "no text to calibrate with", "pass --text NAME=FILE, or --domains RECIPE for those of a recipe"
         )
     return texts
 

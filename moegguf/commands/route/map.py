@@ -44,7 +44,7 @@ HELP = "Show which experts a mix uses for which text, and whether it suits runni
 EXAMPLES = """\
 examples:
   moegguf route map mix.gguf --text math=gsm8k.jsonl --text code=code.txt
-  moegguf route map mix.gguf --recipe mymix --recipes my.toml -o map.png    the recipe's domains, and a figure
+  moegguf route map mix.gguf --domains mymix --recipes my.toml -o map.png    the recipe's domains, and a figure
   moegguf route map demo-noisy-Q8_0.gguf --text math=demo:math --text clinic=demo:clinic --json -
 """
 
@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--text", action="append", default=[], metavar="NAME=FILE",
         help="text of a domain: .txt, .md, .jsonl or demo:DOMAIN; once for each file",
     )  # fmt: skip
-    text.add_argument("--recipe", metavar="NAME", help="take the domains of this recipe")
+    text.add_argument("--domains", metavar="RECIPE", help="the texts under `domains` of this recipe")
     text.add_argument("--recipes", type=Path, metavar="FILE", help="recipes file (default: moegguf's models.toml)")
     text.add_argument(
         "--max-tokens",
@@ -193,14 +193,14 @@ def _texts(args: argparse.Namespace) -> dict[str, list[Record]]:
             raise UserError(f"--text {value}: expected NAME=FILE", "for example --text math=math.jsonl")
         given.setdefault(name, []).append(ref)
     texts = read_domains(given)
-    if args.recipe is not None:
-        recipe = load_recipe(args.recipe, args.recipes or find_recipes_file(), {})
+    if args.domains is not None:
+        recipe = load_recipe(args.domains, args.recipes or find_recipes_file(), {})
         if not recipe.domains:
-            raise UserError(f"recipe {args.recipe}: has no domains", "add a domains table to it, or use --text")
+            raise UserError(f"recipe {args.domains}: has no domains", "add a domains table to it, or use --text")
         of_recipe = read_domains(recipe.domains, recipe.folder)
         texts = {name: of_recipe.get(name, []) + texts.get(name, []) for name in [*of_recipe, *texts]}
     if not texts:
-        raise UserError("no text to map", "name it with --text NAME=FILE, or a recipe that has domains with --recipe")
+        raise UserError("no text to map", "name it with --text NAME=FILE, or a recipe that has domains with --domains")
     return texts
 
 
