@@ -36,6 +36,7 @@ DEFAULT_CTX = 4096
 MIN_CTX = 16
 MAX_THREADS = 512  # GGML_MAX_N_THREADS
 ALL_LAYERS = -1
+SMALL_FILE = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class RunOptions:
     ctx: int | None = None
     """Context in tokens; default: the model's own, at most 4096."""
     threads: int | None = None
-    """CPU threads; default: the physical cores this process may use."""
+    """CPU threads; default: the physical cores this process may use, but one for models of a few MB."""
     gpu_layers: int = 0
     """How many layers go to the GPU; -1 is all of them."""
     batch: int = 512
@@ -187,7 +188,7 @@ class Model:
 
 
 def _llama_arguments(header: Header, options: RunOptions) -> dict:
-    threads = options.threads or physical_cores()
+    threads = options.threads or _threads(header)
     experts_used = {_key(header, "expert_used_count"): options.experts_used} if options.experts_used else None
     return dict(
         n_ctx=_ctx(header, options),
@@ -202,6 +203,11 @@ def _llama_arguments(header: Header, options: RunOptions) -> dict:
         type_v=int(options.kv_type),
         verbose=options.verbose,
     )
+
+
+def _threads(header: Header) -> int:
+    """All cores; one for a model that is over in a moment, where threads spend their time waiting for each other."""
+    return 1 if header.file_size < SMALL_FILE else physical_cores()
 
 
 def _key(header: Header, name: str) -> str:
