@@ -149,9 +149,7 @@ def _texts(args: argparse.Namespace) -> dict[str, _Text]:
         texts = {**of_recipe, **{name: of_recipe[name] + text if name in of_recipe else text
                                  for name, text in texts.items()}}  # fmt: skip
     if not texts:
-        raise UserError(
-            "no text to calibrate with", "pass --text NAME=FILE, or --domains RECIPE for those of a recipe"
-        )
+        raise UserError("no text to calibrate with", "pass --text NAME=FILE, or --domains RECIPE for those of a recipe")
     return texts
 
 
