@@ -33,7 +33,7 @@ from moegguf.recipe import TRUNK_OF_BASE, TRUNK_OF_MEAN, ExpertSpec, Layout, Rec
 from moegguf.runtime.encode import encode
 from moegguf.runtime.inputs import InputSquares
 from moegguf.runtime.model import RunOptions, open_model
-from moegguf.runtime.template import chat_template
+from moegguf.runtime.template import template_of
 from moegguf.runtime.vocab import open_vocab
 from moegguf.sources.blob import LocalFile
 from moegguf.squares import Squares, added
@@ -193,9 +193,8 @@ class _Encoder:
     """Records → pieces of tokens."""
 
     def __init__(self, header: Header, chunk: int, max_tokens: int) -> None:
-        template = header.get("tokenizer.chat_template")
         self._vocab = open_vocab(header.path)
-        self._template = chat_template(template if isinstance(template, str) else None, self._vocab)
+        self._template = template_of(header, self._vocab)
         self._bos = tuple(self._vocab.tokenize_prompt(""))
         self.chunk, self.max_tokens = chunk, max_tokens
 

@@ -29,7 +29,7 @@ from gguf import GGMLQuantizationType
 from moegguf import __version__
 from moegguf.atomic import atomic_file
 from moegguf.errors import UserError
-from moegguf.gguf_header import Header, read_header
+from moegguf.gguf_header import Header, file_identity, read_header
 from moegguf.measure.divergence import (
     Divergence,
     pack,
@@ -45,7 +45,7 @@ from moegguf.runtime.context import MAX_BATCH
 from moegguf.runtime.encode import encode
 from moegguf.runtime.machine import memory
 from moegguf.runtime.model import MIN_CTX, Model, RunOptions, open_model
-from moegguf.runtime.template import chat_template
+from moegguf.runtime.template import template_of
 from moegguf.runtime.vocab import open_vocab
 from moegguf.texts import Record, Text
 
@@ -89,8 +89,7 @@ def sequences_of(
     """
     _token_list(reference)
     vocab = open_vocab(reference.path)
-    source = reference.get("tokenizer.chat_template")
-    template = chat_template(source if isinstance(source, str) else None, vocab)
+    template = template_of(reference, vocab)
     bos = next(iter(vocab.tokenize_prompt("")), None)
     chunks: dict[str, list[Tokens]] = {}
     for name, records in texts.items():
@@ -286,21 +285,12 @@ def keep_reference(
 def _head(reference: Header, sequences: Sequence[Tokens], gpu_layers: int) -> bytes:
     """How a file of logits begins: with a digest of all that they depend on."""
     of = {
-        "reference": _identity(reference),
+        "reference": file_identity(reference),
         "tokens": [list(map(int, tokens)) for tokens in sequences],
         "gpu_layers": gpu_layers,
         "versions": [__version__, version("llama-cpp-python")],
     }
     return _MAGIC + sha256(json.dumps(of, sort_keys=True).encode()).digest()
-
-
-def _identity(header: Header) -> dict[str, object]:
-    """Path, size, time of change, and a digest of the header. Weights are not read: a changed file has a new time."""
-    n_header = min((tensor.offset for tensor in header.tensors.values()), default=header.file_size)
-    with open(header.path, "rb") as file:
-        digest = sha256(file.read(n_header)).hexdigest()
-    path = header.path.resolve()
-    return {"path": str(path), "size": header.file_size, "mtime": path.stat().st_mtime_ns, "header": digest}
 
 
 def _make_room(folder: Path, nbytes: int) -> None:

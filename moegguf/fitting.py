@@ -44,7 +44,7 @@ from moegguf.runtime import tap as taps
 from moegguf.runtime.encode import chunks, encode
 from moegguf.runtime.machine import memory
 from moegguf.runtime.model import Model, RunOptions, open_model
-from moegguf.runtime.template import chat_template
+from moegguf.runtime.template import template_of
 from moegguf.runtime.vocab import open_vocab
 from moegguf.texts import Record, Text, read_domains, resolve
 
@@ -329,9 +329,8 @@ class _Sampler:
     """Draws text by lot, because files are often sorted, and tokenises no more than is taken. The lot never changes."""
 
     def __init__(self, header: Header, options: FitOptions) -> None:
-        template = header.get("tokenizer.chat_template")
         self._vocab = open_vocab(header.path)
-        self._template = chat_template(template if isinstance(template, str) else None, self._vocab)
+        self._template = template_of(header, self._vocab)
         context = header.get(f"{header.get('general.architecture')}.context_length", MAX_PIECE)
         self._length = min(MAX_PIECE, context)
         self._max_tokens = options.max_tokens

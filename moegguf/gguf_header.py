@@ -15,6 +15,7 @@ import re
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -66,6 +67,15 @@ class Header:
     def get(self, key: str, default=None):
         """The plain value of `key`, or `default`."""
         return self.fields[key]().value if key in self.fields else default
+
+
+def file_identity(header: Header) -> dict[str, object]:
+    """Path, size, time of change, and a digest of the header. Weights are not read: a changed file has a new time."""
+    n_header = min((tensor.offset for tensor in header.tensors.values()), default=header.file_size)
+    with open(header.path, "rb") as file:
+        digest = sha256(file.read(n_header)).hexdigest()
+    path = header.path.resolve()
+    return {"path": str(path), "size": header.file_size, "mtime": path.stat().st_mtime_ns, "header": digest}
 
 
 def is_gguf(path: Path) -> bool:

@@ -155,7 +155,7 @@ def string(fields: Fields, name: str, where: str, *, empty: bool = False) -> str
         raise UserError(f"{where}: {name} is {_short(value)}, expected a string", "mend that line")
     if not empty and not value.strip():
         raise UserError(f"{where}: {name} is empty", "fill it in, or delete that line")
-    if not _is_unicode(value):
+    if not is_unicode(value):
         raise UserError(f"{where}: {name} holds half a character (a lone surrogate)", "mend that line")
     return value
 
@@ -239,7 +239,8 @@ def _demo(ref: str) -> Iterator[Chat]:
         yield exchange(example.question, example.answer, f"{ref}:{i}")
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
+    """Whether `text` holds no lone surrogates, as Python makes of undecodable bytes."""
     try:
         text.encode()
     except UnicodeEncodeError:

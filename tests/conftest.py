@@ -47,6 +47,16 @@ def silence():
     llama_cpp.llama_log_set(_say_nothing, None)
 
 
+@pytest.fixture(scope="module")
+def one_torch_thread():
+    """On such sizes torch's threads spend their time waiting for each other."""
+    torch = pytest.importorskip("torch")
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
+
+
 @dataclass(frozen=True)
 class Family:
     """A tiny base model and three fine-tunes of it, as Hugging Face folders."""

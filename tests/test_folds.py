@@ -15,21 +15,13 @@ from moegguf.errors import UserError
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from test_reference import checkpoint  # noqa: E402
+
 FFN, ATTENTION = ".mlp.", ".self_attn."
 UNEQUAL = (0.5, 0.3, 0.2)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
-
-def checkpoint(folder: Path) -> dict[str, torch.Tensor]:
-    tensors = tiny_models.read_safetensors(folder / "model.safetensors")
-    return {name: torch.from_numpy(np.array(values)) for name, (_, values) in tensors.items()}
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 def mean(states: list[dict[str, torch.Tensor]], weights: tuple[float, ...]) -> dict[str, torch.Tensor]:

@@ -22,13 +22,7 @@ SEED, STD = 11, 0.05
 ROLES = ("gate_proj", "up_proj", "down_proj")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """On such sizes torch's threads spend their time waiting for each other."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 def checkpoint(folder: Path) -> dict[str, torch.Tensor]:

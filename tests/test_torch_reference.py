@@ -52,12 +52,7 @@ ROUTED = ("ffn+attention", "fine-grained", "fine-grained+attention")
 """What only the reference can route."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 @pytest.fixture(scope="module")

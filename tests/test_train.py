@@ -62,12 +62,7 @@ FAST = {"batch": 2, "accumulate": 2, "lr": 1e-2, "max_steps": 6}
 PREFIX = "moegguf: error: "
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections import Counter
 from collections.abc import Mapping
@@ -26,6 +25,7 @@ from rich.table import Column, Table
 
 from moegguf.allocation import Allocation, allocate, n_surveyed, precisions, survey
 from moegguf.build import Built, Plan, build, plan_build, quant_of, usable_cores
+from moegguf.commands.options import from_here
 from moegguf.drift import measure_drift
 from moegguf.errors import UserError, one_line
 from moegguf.estimate import DEFAULT_CONTEXT, Fit, largest_file, memory_to_run
@@ -325,7 +325,7 @@ def _print_precisions(console: Console, plan: Plan, allocation: Allocation | Non
 def _overrides(args: argparse.Namespace) -> dict[str, object]:
     """The recipe table that the flags stand for."""
     flags = {
-        "base": _from_here(args.base),
+        "base": from_here(args.base),
         "experts": _experts(args),
         "mix": args.mix,
         "layers": args.layers and args.layers.split(","),
@@ -337,16 +337,10 @@ def _overrides(args: argparse.Namespace) -> dict[str, object]:
         "layout": args.layout,
         "quant": _quant(args),
         "round_types": args.round_types,
-        "imatrix": _from_here(args.imatrix),
+        "imatrix": from_here(args.imatrix),
         "output": args.output,
     }
     return {key: value for key, value in flags.items() if value is not None}
-
-
-def _from_here(ref: str | None) -> str | None:
-    """A path on the command line is relative to the working directory, whatever recipe it goes into."""
-    path = Path(os.path.expanduser(ref or ""))  # noqa: PTH111 (pathlib raises for a ~user that there is not)
-    return str(path.absolute()) if ref and path.exists() else ref
 
 
 def _experts(args: argparse.Namespace) -> list[dict] | None:
@@ -360,7 +354,7 @@ def _experts(args: argparse.Namespace) -> list[dict] | None:
     if unknown := [name for name in weights if name not in names]:
         raise UserError(f"--weight {unknown[0]}: no expert has that name", f"use one of {', '.join(names)}")
     return [
-        {"name": name, "source": _from_here(source)}
+        {"name": name, "source": from_here(source)}
         | ({"weight": _number("--weight", weights[name])} if name in weights else {})
         for name, source in sources
     ]
@@ -368,7 +362,7 @@ def _experts(args: argparse.Namespace) -> list[dict] | None:
 
 def _router(args: argparse.Namespace) -> dict | None:
     is_file = args.router and args.router.endswith(".safetensors")
-    router = {"file": _from_here(args.router)} if is_file else {"mode": args.router}
+    router = {"file": from_here(args.router)} if is_file else {"mode": args.router}
     keys = {**router, "k": args.k, "std": args.std, "seed": args.seed, "shared": args.shared_router}
     return {key: value for key, value in keys.items() if value is not None} or None
 
@@ -376,7 +370,7 @@ def _router(args: argparse.Namespace) -> dict | None:
 def _domains(args: argparse.Namespace) -> dict[str, list[str]] | None:
     domains: dict[str, list[str]] = {}
     for name, ref in _pairs("--domain", args.domain, "NAME=TEXT"):
-        domains.setdefault(name, []).append(_from_here(ref))
+        domains.setdefault(name, []).append(from_here(ref))
     return domains or None
 
 
@@ -401,7 +395,7 @@ def _quant(args: argparse.Namespace) -> dict | str | None:
         raise UserError("--save-plan goes with --budget, --bpw or --fit", "leave it out")
     if args.save_plan and not args.save_plan.parent.is_dir():
         raise UserError(f"{args.save_plan.parent}: no such folder to write a plan to", "create it")
-    targets = {"preset": args.quant, "budget": budget, "bpw": args.bpw, "plan": _from_here(args.plan)}
+    targets = {"preset": args.quant, "budget": budget, "bpw": args.bpw, "plan": from_here(args.plan)}
     quant = {key: value for key, value in targets.items() if value is not None}
     return (quant | roles | ({"tensors": tensors} if tensors else {})) or None
 

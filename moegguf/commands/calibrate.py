@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from moegguf.commands.options import check_range, gpu_layers
+from moegguf.commands.options import check_range, from_here, gpu_layers, named_refs
 from moegguf.errors import UserError, one_line
 from moegguf.gguf_header import read_header
 from moegguf.quant.imatrix import Calibration, write_calibration
@@ -127,12 +126,7 @@ def _options(args: argparse.Namespace) -> CalibrationOptions:
 
 
 def _given_texts(args: argparse.Namespace) -> dict[str, _Text]:
-    refs: dict[str, list[str]] = {}
-    for value in args.text:
-        name, _, ref = value.partition("=")
-        if not name or not ref:
-            raise UserError(f"--text {value}: expected NAME=FILE", "for example --text math=math.jsonl")
-        refs.setdefault(name, []).append(ref)
+    refs = named_refs("--text", args.text)
     return {name: _Text(records, refs[name]) for name, records in read_domains(refs).items()}
 
 
@@ -175,14 +169,9 @@ def _texts_by_expert(args: argparse.Namespace, recipe: Recipe) -> dict[str, _Tex
 
 def _recipe_of_source(args: argparse.Namespace) -> Recipe:
     """The recipe of a mix of nothing but this expert."""
-    expert = {"name": "expert", "source": _from_here(args.model)}
-    table = {"base": _from_here(args.base or args.model), "experts": [expert]}
+    expert = {"name": "expert", "source": from_here(args.model)}
+    table = {"base": from_here(args.base or args.model), "experts": [expert]}
     return parse_recipe("expert", table, where="command line:", folder=Path())
-
-
-def _from_here(ref: str) -> str:
-    path = Path(os.path.expanduser(ref))  # noqa: PTH111 (pathlib raises for a ~user that there is not)
-    return str(path.absolute()) if path.exists() else ref
 
 
 def _build_options(args: argparse.Namespace, folder: Path) -> FitOptions:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,7 +26,7 @@ from moegguf import __version__
 from moegguf.atomic import atomic_file
 from moegguf.commands.options import check_range, gpu_layers
 from moegguf.errors import UserError, one_line
-from moegguf.gguf_header import read_header
+from moegguf.gguf_header import file_identity, read_header
 from moegguf.measure.harness import HarnessRun, check_harness, run_harness
 from moegguf.measure.ledger import Ledger
 from moegguf.measure.results import Figure, Interval, Mean, figure, mean
@@ -256,13 +255,7 @@ def _recipe(name: str, args: argparse.Namespace) -> Recipe:
 
 
 def _identify_gguf(ref: str, args: argparse.Namespace) -> dict[str, object]:
-    """Path, size, time of change, and a digest of the header. Weights are not read: a changed file has a new time."""
-    path = Path(ref).resolve()
-    header = read_header(Path(ref))
-    n_header = min((tensor.offset for tensor in header.tensors.values()), default=header.file_size)
-    with open(path, "rb") as file:
-        digest = sha256(file.read(n_header)).hexdigest()
-    return {"path": str(path), "size": header.file_size, "mtime": path.stat().st_mtime_ns, "header": digest}
+    return file_identity(read_header(Path(ref)))
 
 
 _ENGINES = {

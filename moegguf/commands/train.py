@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from moegguf.atomic import atomic_file
 from moegguf.errors import UserError
 from moegguf.recipe import Layout, Mixed, Recipe, RouterMode, find_recipes_file, load_recipe
-from moegguf.routers.file import read_router, write_router
+from moegguf.routers.file import check_target, write_router
 
 if TYPE_CHECKING:
     from moegguf.mix import Mix
@@ -191,18 +191,12 @@ def _check_numbers(args: argparse.Namespace) -> None:
 
 
 def _check_output(args: argparse.Namespace) -> None:
-    """Before hours go into what cannot be written. Another router is overwritten, weights of a model are not."""
-    path = args.output
-    if path.suffix != ".safetensors":
-        raise UserError(f"{path}: expected a name that ends in .safetensors", "choose another -o")
-    for file in filter(None, (path, args.curve)):
-        if not file.parent.is_dir():
-            raise UserError(f"{file.parent}: no such folder to write {file.name} to", "create it, or name another")
-    if path.exists():
-        try:
-            read_router(path)
-        except UserError as error:
-            raise UserError(f"{path}: exists already, and is no router", "choose another -o") from error
+    """Before hours go into what cannot be written."""
+    check_target(args.output)
+    if args.curve and not args.curve.parent.is_dir():
+        raise UserError(
+            f"{args.curve.parent}: no such folder to write {args.curve.name} to", "create it, or name another"
+        )
     if args.curve and args.curve.suffix != ".png":
         raise UserError(f"{args.curve}: expected a name that ends in .png", "choose another --curve")
     if args.curve and importlib.util.find_spec("matplotlib") is None:

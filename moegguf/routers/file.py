@@ -46,6 +46,19 @@ def write_router(path: Path, router: Router) -> None:
         file.write(save(arrays, texts))
 
 
+def check_target(path: Path) -> None:
+    """Raises UserError where no router can be written. Another router is overwritten, weights of a model are not."""
+    if path.suffix != ".safetensors":
+        raise UserError(f"{path}: expected a name that ends in .safetensors", "choose another -o")
+    if not path.parent.is_dir():
+        raise UserError(f"{path.parent}: no such folder to write {path.name} to", "create it, or choose another -o")
+    if path.exists():
+        try:
+            read_router(path)
+        except UserError as error:
+            raise UserError(f"{path}: exists already, and is no router", "choose another -o") from error
+
+
 def read_router(path: Path) -> Router:
     """The router in `path`. Raises UserError when it is no such file or a damaged one."""
     try:

@@ -25,6 +25,7 @@ from moegguf.errors import UserError
 from moegguf.runtime.sampling import DEFAULTS, Sampling
 from moegguf.runtime.template import Message, chat_template, end_of_turn
 from moegguf.runtime.vocab import Vocab
+from moegguf.texts import is_unicode
 
 
 class Engine(Protocol):
@@ -123,7 +124,7 @@ class Conversation:
         """
         if not question.strip():
             raise UserError("the prompt is empty", "say something")
-        if not _is_unicode(question + self.system):
+        if not is_unicode(question + self.system):
             raise UserError("the prompt is not valid UTF-8 text", "convert it to UTF-8")
         self.stats = None
         return self._stream(question, self._fitting_prompt(question))
@@ -223,7 +224,7 @@ def load(conversation: Conversation, path: Path) -> None:
     roles = [role for role, _ in messages]
     if roles != ["user", "assistant"] * len(answers):
         raise UserError(f"{path}: its messages do not alternate between user and assistant", "mend the file")
-    if not _is_unicode(system + "".join(content for _, content in messages)):
+    if not is_unicode(system + "".join(content for _, content in messages)):
         raise UserError(f"{path}: a message holds half a character", "mend the file")
     conversation.reset()
     conversation.system, conversation.sampling = system, sampling
@@ -274,12 +275,3 @@ def _messages(system: str, turns: list[Turn], question: str = "") -> list[Messag
     for turn in turns:
         messages += [{"role": "user", "content": turn.question}, {"role": "assistant", "content": turn.answer}]
     return [*messages, {"role": "user", "content": question}] if question else messages
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether `text` holds no lone surrogates, as Python makes of undecodable bytes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

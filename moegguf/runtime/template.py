@@ -14,6 +14,7 @@ import jinja2
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from moegguf.errors import UserError
+from moegguf.gguf_header import Header
 from moegguf.runtime.vocab import Vocab
 
 PLAIN = "{% for message in messages %}{{ message.content }}{% if not loop.last %}{{ '\n' }}{% endif %}{% endfor %}"
@@ -83,6 +84,12 @@ class ChatTemplate:
 def chat_template(source: str | None, vocab: Vocab) -> ChatTemplate:
     """The template `source` with the names of `vocab`; `PLAIN` where there is none."""
     return ChatTemplate(PLAIN if source is None else source, vocab.name(vocab.bos), vocab.name(vocab.eos))
+
+
+def template_of(header: Header, vocab: Vocab) -> ChatTemplate:
+    """The template of a GGUF file; `PLAIN` where it has none."""
+    source = header.get("tokenizer.chat_template")
+    return chat_template(source if isinstance(source, str) else None, vocab)
 
 
 def end_of_turn(template: ChatTemplate, vocab: Vocab) -> int | None:

@@ -79,6 +79,11 @@ def _read_json(checkpoint: Checkpoint, name: str) -> dict:
             f"{checkpoint.ref}: has no {name}, so it is no Hugging Face model folder",
             "point to the folder that holds config.json and *.safetensors, or to a .gguf file",
         )
+    return read_json_object(path)
+
+
+def read_json_object(path: Path) -> dict:
+    """The object in a JSON file that is there. Raises UserError when it cannot be read, or holds something else."""
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:

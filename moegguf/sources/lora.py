@@ -19,7 +19,6 @@ utils/other.py (`get_pattern_key`), tuners/lora/layer.py (`get_delta_weight`).
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import reprlib
@@ -35,7 +34,7 @@ from moegguf.errors import UserError
 from moegguf.families import FAMILIES, TensorName, gguf_name
 from moegguf.quant import ggml
 from moegguf.sources.blob import LocalFile
-from moegguf.sources.hf import Checkpoint, rotary_order
+from moegguf.sources.hf import Checkpoint, read_json_object, rotary_order
 from moegguf.sources.safetensors_file import Entry, read_entries
 from moegguf.tensor import Lora, LowRank, Source, Tensor
 
@@ -266,15 +265,7 @@ def _read_json(adapter: Checkpoint) -> dict:
             f"{adapter.ref}: has no {CONFIG}, so it is no PEFT adapter",
             f"point to the folder that holds {CONFIG} and {WEIGHTS}",
         )
-    try:
-        config = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})", "check its permissions") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is no valid JSON ({error})", "download it again") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: holds a {type(config).__name__}, expected an object", "download it again")
-    return config
+    return read_json_object(path)
 
 
 def _is_rank(value) -> bool:

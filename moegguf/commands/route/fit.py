@@ -18,11 +18,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from moegguf.commands.options import check_range
+from moegguf.commands.options import check_range, named_refs
 from moegguf.edit import FinishedMix, read_mix
 from moegguf.errors import UserError, one_line
 from moegguf.recipe import FITTED, Pool, Recipe, RouterMode, Tap, find_recipes_file, load_recipe, parse_recipe
-from moegguf.routers.file import read_router, write_router
+from moegguf.routers.file import check_target, write_router
 
 if TYPE_CHECKING:
     from moegguf.fitting import FitPlan, Fitted
@@ -91,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     _check_numbers(args)
-    _check_output(args.output)
+    check_target(args.output)  # before minutes go into what cannot be written
     mix = read_mix(args.mix) if args.mix else None
     recipe = _recipe(args, mix)
     if mix:
@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     from moegguf.fitting import FitOptions, dense_model, plan_fit, read_texts, run_fit
 
     options = FitOptions(
-        _refs("--positive", args.positive), _refs("--negative", args.negative), args.max_tokens, args.holdout,
+        named_refs("--positive", args.positive), named_refs("--negative", args.negative), args.max_tokens, args.holdout,
         args.statistics, args.threads, folder=args.output.parent,
     )  # fmt: skip
     texts = read_texts(recipe, options)
@@ -138,19 +138,6 @@ def _check_numbers(args: argparse.Namespace) -> None:
     check_range("--threads", args.threads, 1, MAX_THREADS)
 
 
-def _check_output(path: Path) -> None:
-    """Before minutes go into what cannot be written. Another router is overwritten, weights of a model are not."""
-    if path.suffix != ".safetensors":
-        raise UserError(f"{path}: expected a name that ends in .safetensors", "choose another -o")
-    if not path.parent.is_dir():
-        raise UserError(f"{path.parent}: no such folder to write {path.name} to", "create it, or choose another -o")
-    if path.exists():
-        try:
-            read_router(path)
-        except UserError as error:
-            raise UserError(f"{path}: exists already, and is no router", "choose another -o") from error
-
-
 def _recipe(args: argparse.Namespace, mix: FinishedMix | None) -> Recipe:
     """The recipe whose router is wanted: one that is named, the one of the mix, or that of the texts' names."""
     if args.recipe is not None:
@@ -183,7 +170,7 @@ def _overrides(args: argparse.Namespace, mode: RouterMode | None) -> dict[str, o
         "router": {key: value for key, value in router.items() if value is not None} or None,
         "always_on": args.always_on,
         "domains": {
-            name: [_from_here(ref) for ref in refs] for name, refs in _refs("--text", args.text).items()
+            name: [_from_here(ref) for ref in refs] for name, refs in named_refs("--text", args.text).items()
         } or None,
     }  # fmt: skip
     return {key: value for key, value in flags.items() if value is not None}
@@ -206,8 +193,8 @@ def _table_of_base(args: argparse.Namespace) -> dict[str, object]:
     from moegguf.routers.statistics import experts_in
 
     known = experts_in(args.statistics) if args.statistics and args.statistics.exists() else ()
-    given = (*_refs("--text", args.text), *_refs("--positive", args.positive), *filter(None, [args.always_on]))
-    names = dict.fromkeys((*known, *given))
+    given = named_refs("--text", args.text) | named_refs("--positive", args.positive)
+    names = dict.fromkeys((*known, *given, *filter(None, [args.always_on])))
     if not names:
         raise UserError("no text to fit to", "pass --text NAME=FILE for each expert")
     base = str(args.base_gguf)
@@ -223,16 +210,6 @@ def _check_room(mix: FinishedMix, recipe: Recipe) -> None:
             f"{mix.path}: layout {mix.card.layout} has {n_rows} experts behind its router, this one is for {n_routed}",
             "build the mix with layout mixtral, and with the same always_on",
         )
-
-
-def _refs(flag: str, values: list[str]) -> dict[str, list[str]]:
-    refs: dict[str, list[str]] = {}
-    for value in values:
-        name, _, ref = value.partition("=")
-        if not name or not ref:
-            raise UserError(f"{flag} {value}: expected NAME=FILE", f"for example {flag} math=math.jsonl")
-        refs.setdefault(name, []).append(ref)
-    return refs
 
 
 def _from_here(ref: str) -> str:
