@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import os
 import signal
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import pytest
 from gguf import GGMLQuantizationType
 
 from conftest import CLOSE, build_mix, distance, logits
+from ctrl_c import pressing_ctrl_c
 from moegguf.errors import UserError
 from moegguf.runtime import batch
 from moegguf.runtime.batch import generate_greedy, score
@@ -161,8 +160,7 @@ def test_the_model_goes_on_undisturbed(tmp_path: Path):
 
 def test_ctrl_c_ends_it_and_leaves_the_model_usable(tmp_path: Path):
     with open_model(write_gguf(tmp_path / "m.gguf", babbling()), RunOptions(threads=1)) as model:
-        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
-        with pytest.raises(KeyboardInterrupt):
+        with pressing_ctrl_c():
             list(generate_greedy(model, [[7]] * 10_000, 200, lambda token: False))
         assert len(dict(generate_greedy(model, [[7]] * 3, 5, lambda token: False))) == 3
 

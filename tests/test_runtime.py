@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import sys
-import threading
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 from gguf import GGUFValue, GGUFValueType
 
+from ctrl_c import pressing_ctrl_c
 from moegguf.cli import main
 from moegguf.errors import UserError
 from moegguf.runtime import machine
@@ -157,8 +157,7 @@ def test_ctrl_c_stops_a_long_prompt_in_the_midst_of_its_batch(tmp_path):
     path = write_gguf(tmp_path / "m.gguf", saying("yes"))
     with open_model(path, RunOptions(ctx=40_000, batch=40_000)) as model:
         prompt = model.vocab.tokenize("a b " * 9_000)
-        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
-        with pytest.raises(KeyboardInterrupt):
+        with pressing_ctrl_c():
             next(model.generate(prompt, GREEDY))
         assert model.llama.n_tokens == 0, "the batch was not cut short"
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

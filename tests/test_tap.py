@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import os
 import signal
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import pytest
 from gguf import GGMLQuantizationType
 
 from conftest import CLOSE, TOKENS, build_dense, build_mix, distance, read_tensors
+from ctrl_c import pressing_ctrl_c
 from moegguf.errors import UserError
 from moegguf.runtime import tap, watch
 from moegguf.runtime.model import Model, RunOptions, open_model
@@ -283,8 +282,7 @@ def test_an_exception_inside_the_callback_is_raised(mix: Path, monkeypatch):
 def test_ctrl_c_ends_it_and_leaves_the_tap_usable(tmp_path: Path, monkeypatch):
     path = write_gguf(tmp_path / "m.gguf", saying("yes"))
     with open_model(path, ONE_THREAD) as model, Tap(model, [tap.SWIGLU]) as reader:
-        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
-        with pytest.raises(KeyboardInterrupt):
+        with pressing_ctrl_c():
             for _ in reader.run(itertools.repeat([7] * 200)):
                 pass
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

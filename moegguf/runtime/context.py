@@ -88,7 +88,8 @@ class Context:
         if not self._n_outputs:
             return np.empty((0, self._n_vocab), np.float32)
         values = llama_cpp.llama_get_logits(self.pointer)
-        return np.ctypeslib.as_array(values, shape=(self._n_outputs, self._n_vocab))
+        with kept_interrupt():  # numpy runs Python code while it looks at the pointer, and drops what is raised there
+            return np.ctypeslib.as_array(values, shape=(self._n_outputs, self._n_vocab))
 
     def forget(self, sequence: int = -1) -> None:
         """Remove `sequence` from the cache; all of them when it is left out."""
