@@ -24,7 +24,7 @@ from moegguf.mix import FFN_ROLES, Expert
 from moegguf.quant import budget, ggml
 from moegguf.quant.budget import Option
 from moegguf.quant.influence import Site, influences
-from moegguf.quant.sensitivity import Sensitivity, measure
+from moegguf.quant.sensitivity import Sensitivity, measure, measure_planned
 from moegguf.recipe import Budget
 from moegguf.sizes import show_size
 from moegguf.tensor import Planned
@@ -137,6 +137,14 @@ class Precision:
     types: Mapping[Type, int]
     bits_per_weight: float
     error: float | None
+
+
+def expert_errors(plan: Plan, *, threads: int) -> dict[str, Sensitivity]:
+    """What the experts' tensors lose in the types that `plan` gives them. Reads a sample of the weights of each.
+
+    Raises UserError for weights that cannot be used.
+    """
+    return measure_planned([tensor for tensor in plan.planned if tensor.slot.preset], plan.mix, threads=threads)
 
 
 def precisions(plan: Plan, sensitivities: Mapping[str, Sensitivity]) -> dict[str, Precision]:

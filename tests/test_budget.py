@@ -16,7 +16,7 @@ from gguf import GGMLQuantizationType as Type
 
 from conftest import Family, make_recipe, read_metadata, read_tensors
 from moegguf import probing
-from moegguf.allocation import Survey, allocate, precisions, survey
+from moegguf.allocation import Survey, allocate, expert_errors, precisions, survey
 from moegguf.build import build, plan_build
 from moegguf.cli import main
 from moegguf.divergences import chunk_length, compare, sequences_of
@@ -25,6 +25,7 @@ from moegguf.estimate import Fit, largest_file, memory_to_run
 from moegguf.gguf_header import read_header
 from moegguf.quant import ggml
 from moegguf.quant.budget import Option, choose, smallest, total_bytes, total_loss
+from moegguf.quant.sensitivity import measure
 from moegguf.quant.type_plan import read_type_plan, write_type_plan
 from moegguf.recipe import Budget, find_recipes_file, load_recipe
 from moegguf.runtime.footprint import compute_bytes
@@ -376,6 +377,32 @@ def test_the_precision_of_each_expert_is_that_of_its_tensors(family, tmp_path: P
         "e0": {Type.Q8_0: 6}, "e1": {Type.Q6_K: 6}, "e2": {Type.Q6_K: 6},
     }  # fmt: skip
     assert [round(precision.bits_per_weight, 4) for precision in found.values()] == [8.5, 6.5625, 6.5625]
+
+
+def test_the_error_of_each_expert_is_that_of_its_types_alone(family, tmp_path: Path):
+    tiny = family("llama3_like")
+    experts = [{"source": e, "quant": q} for e, q in zip(tiny.experts, ("Q6_K", "Q4_K", "Q4_K"), strict=True)]
+    plan = plan_build(make_recipe(tmp_path / "m.gguf", tiny.base, experts))
+    errors = expert_errors(plan, threads=1)
+    every_type = measure([tensor.slot for tensor in plan.planned if tensor.slot.preset], plan.mix, threads=1)
+    for name, found in errors.items():
+        assert all(every_type[name].part_errors[type] == parts for type, parts in found.part_errors.items())
+    fine, *coarse = (precision.error for precision in precisions(plan, errors).values())
+    assert 0 < 10 * fine < min(coarse)
+
+
+def test_a_build_of_two_precisions_says_what_each_expert_loses(tmp_path: Path, capsys):
+    (tmp_path / "r.toml").write_text(
+        '[mix.two]\nbase = "demo:base"\nlayout = "shared"\nexperts = ['
+        '{ name = "math", source = "demo:math", quant = "Q6_K" }, '
+        '{ name = "clinic", source = "demo:clinic", quant = "Q4_K" }]\n',
+        encoding="utf-8",
+    )
+    flags = ("--recipes", str(tmp_path / "r.toml"), "--threads", "1", "-o", str(tmp_path / "m.gguf"))
+    assert main(["build", "two", *flags]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"expert math: \d+ × Q6_K, 6\.56 bits per weight, weighted error 0\.\d\d%\n", said)
+    assert re.search(r"expert clinic: .*Q4_K.* bits per weight, weighted error 0\.\d\d%\n", said)
 
 
 # ----------------------------------------------------------------------------------------------- bad input

@@ -23,7 +23,7 @@ from rich.progress import (
 )
 from rich.table import Column, Table
 
-from moegguf.allocation import Allocation, allocate, n_surveyed, precisions, survey
+from moegguf.allocation import Allocation, allocate, expert_errors, n_surveyed, precisions, survey
 from moegguf.build import Built, Plan, build, plan_build, quant_of, usable_cores
 from moegguf.commands.options import from_here
 from moegguf.drift import measure_drift
@@ -34,6 +34,7 @@ from moegguf.mix import ATTENTION_ROLES, FFN_ROLES, Expert
 from moegguf.quant.imatrix import importance_notes
 from moegguf.quant.influence import group
 from moegguf.quant.neurons import Compaction
+from moegguf.quant.sensitivity import Sensitivity
 from moegguf.quant.type_plan import write_type_plan
 from moegguf.recipe import (
     TRUNK_OF_BASE,
@@ -176,6 +177,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--threads {args.threads}: expected 1 to {MAX_THREADS}", "leave it out to use all cores")
     recipe = _recipe(args)
     stream = args.stream or args.dry_run  # a dry run downloads no weights
+    threads = args.threads or max(usable_cores(), STREAMING_THREADS if args.stream else 1)
     console = Console(markup=False)
     plan = plan_build(recipe, stream=stream, pre=args.pre, overwrite=args.force)
     if recipe.router.is_unfitted and not args.dry_run:  # everything else that can be wrong is known by now
@@ -184,10 +186,11 @@ def run(args: argparse.Namespace) -> int:
     if recipe.compact and not args.dry_run:
         compaction = _merges(console, recipe, args)
         plan = plan_build(recipe, compaction=compaction, stream=stream, pre=args.pre, overwrite=args.force)
-    allocation = _allocated(console, plan, args) if recipe.quant.budget else None
+    allocation = _allocated(console, plan, args, threads) if recipe.quant.budget else None
     plan = allocation.plan if allocation else plan
     console.print(_plan_table(plan))
-    _print_precisions(console, plan, allocation)
+    if allocation or recipe.quant.types or len({expert.quant for expert in recipe.experts}) > 1:
+        _print_precisions(console, plan, expert_errors(plan, threads=threads) if allocation or not stream else {})
     _print_notes(console, plan)
     if not stream:
         _print_drift(console, plan)
@@ -199,7 +202,6 @@ def run(args: argparse.Namespace) -> int:
             console.print("note: these are the sizes of the whole mix; what is merged is chosen by a build")
         console.print("dry run: nothing was written")
         return 0
-    threads = args.threads or max(usable_cores(), STREAMING_THREADS if args.stream else 1)
     built = _build_with_progress(plan, threads)
     _print_built(console, built)
     return 0
@@ -250,11 +252,10 @@ def _merges(console: Console, recipe: Recipe, args: argparse.Namespace) -> Compa
     return chosen.compaction
 
 
-def _allocated(console: Console, plan: Plan, args: argparse.Namespace) -> Allocation:
+def _allocated(console: Console, plan: Plan, args: argparse.Namespace, threads: int) -> Allocation:
     """`plan` with the types that its budget allows."""
     from moegguf import probing
 
-    threads = args.threads or max(usable_cores(), STREAMING_THREADS if args.stream else 1)
     limit = _limit_of_memory(console, plan, args) if args.fit else plan.recipe.quant.budget
     with _bar("measuring errors", MofNCompleteColumn(), TextColumn("tensors")) as bar:
         task = bar.add_task("", total=n_surveyed(plan))
@@ -310,11 +311,9 @@ def _types(types: Mapping[GGMLQuantizationType, int]) -> str:
     return ", ".join(f"{n} × {type.name}" for type, n in sorted(types.items(), key=lambda item: -item[1]))
 
 
-def _print_precisions(console: Console, plan: Plan, allocation: Allocation | None) -> None:
-    """What each expert is stored in, where that is not one preset for all."""
-    if not allocation and not plan.recipe.quant.types and len({e.quant for e in plan.recipe.experts}) < 2:
-        return
-    for name, precision in precisions(plan, allocation.survey.sensitivities if allocation else {}).items():
+def _print_precisions(console: Console, plan: Plan, sensitivities: Mapping[str, Sensitivity]) -> None:
+    """What each expert is stored in, and what that loses where it was measured."""
+    for name, precision in precisions(plan, sensitivities).items():
         error = "" if precision.error is None else f", weighted error {precision.error:.2%}"
         console.print(
             f"expert {name}: {_types(precision.types)}, {precision.bits_per_weight:.2f} bits per weight{error}",

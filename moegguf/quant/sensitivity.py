@@ -26,6 +26,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES
@@ -53,13 +54,14 @@ _CANDIDATES_OF_SHORT_ROWS = (
 """In place of the others where their blocks of 256 weights do not divide the rows."""
 _SUPER_BLOCK = 256
 
+T = TypeVar("T")
 Progress = Callable[[int], None]
 """Hears how many tensors have just been measured."""
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What one tensor loses in each of its candidate types, as a share of the power of its output.
+    """What one tensor loses in each of several types, as a share of the power of its output.
 
     `errors[type]` is the error as it arrives in the output of the mix; `part_errors[type]` has that of each part on its
     own. `power` is the mean squared length of the output, for an embedding that of a row; without an importance, where
@@ -103,9 +105,22 @@ def measure(
 
     Reads a sample of the weights, in `threads` threads. Raises UserError for weights that cannot be used.
     """
+    return _measure_all([(slot, candidates(slot)) for slot in slots], mix, threads, progress)
+
+
+def measure_planned(
+    planned: Sequence[Planned], mix: Mix, *, threads: int, progress: Progress = lambda n: None
+) -> dict[str, Sensitivity]:
+    """As `measure`, but each tensor in the one type that it is to have."""
+    return _measure_all([(tensor.slot, (tensor.type,)) for tensor in planned], mix, threads, progress)
+
+
+def _measure_all(
+    asked: Sequence[tuple[Slot, tuple[Type, ...]]], mix: Mix, threads: int, progress: Progress
+) -> dict[str, Sensitivity]:
     numbers, together = _expert_numbers(mix), _together(mix)
     measured = {}
-    for sensitivity in _in_threads(lambda slot: _measure(slot, numbers, together), slots, threads):
+    for sensitivity in _in_threads(lambda each: _measure(*each, numbers, together), asked, threads):
         measured[sensitivity.slot.name] = sensitivity
         progress(1)
     return measured
@@ -138,13 +153,13 @@ def _together(mix: Mix) -> np.ndarray:
     return both / router.k**2
 
 
-def _in_threads(work: Callable[[Slot], Sensitivity], slots: Iterable[Slot], threads: int) -> Iterator[Sensitivity]:
-    """The results in order; a few slots at a time are in memory."""
+def _in_threads(work: Callable[[T], Sensitivity], todo: Iterable[T], threads: int) -> Iterator[Sensitivity]:
+    """The results in order; a few at a time are in memory."""
     waiting: deque[Future[Sensitivity]] = deque()
     pool = ThreadPoolExecutor(threads, thread_name_prefix="sample")
     try:
-        for slot in slots:
-            waiting.append(pool.submit(work, slot))
+        for each in todo:
+            waiting.append(pool.submit(work, each))
             if len(waiting) > 2 * threads:
                 yield waiting.popleft().result()
         while waiting:
@@ -153,14 +168,14 @@ def _in_threads(work: Callable[[Slot], Sensitivity], slots: Iterable[Slot], thre
         pool.shutdown(cancel_futures=True)
 
 
-def _measure(slot: Slot, numbers: Mapping[int, int], together: np.ndarray) -> Sensitivity:
+def _measure(slot: Slot, types: Iterable[Type], numbers: Mapping[int, int], together: np.ndarray) -> Sensitivity:
     bands = [tuple(_sample(part, slot.n_cols) for part in band) for band in slot.bands]
     counts = _counts([numbers.get(id(part.tensor)) for part in slot.parts], together)
     exact = _outputs(slot, bands, Type.F32)
     powers = _products(exact)
     power = float((counts * powers).sum() / counts.sum())  # of the whole mix, where these are some of its experts
     errors, part_errors = {}, {}
-    for type in candidates(slot):
+    for type in types:
         losses = _products([stored - wanted for stored, wanted in zip(_outputs(slot, bands, type), exact, strict=True)])
         errors[type] = max(0.0, float((counts * losses).sum() / power)) if power else 0.0
         part_errors[type] = tuple(map(_share, np.diag(losses), np.diag(powers)))
