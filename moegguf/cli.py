@@ -31,6 +31,7 @@ COMMANDS = {
     "measure": "say how far models are from a reference, in KL divergence",
     "recipes": "list the mixes that models.toml offers",
     "doctor": "say what this machine can run",
+    "completion": "complete commands and flags in your shell",
 }
 
 DESCRIPTION = """\
@@ -45,6 +46,8 @@ Mix fine-tunes of one model into a Mixture of Experts: one GGUF file that stock 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns its exit code: 0 done, 1 a check failed, 2 a mistake to mend, 130 interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if "_ARGCOMPLETE" in os.environ:
+        _complete()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows ?
     try:
@@ -69,6 +72,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:  # a path or a device that fails where nobody could know in advance
         _print_faults(f"{error.filename or 'input or output'}: {error.strerror or error}; check the path and the disk")
         return 2
+
+
+def _complete() -> NoReturn:
+    """Tell the shell what may follow the line so far, which argcomplete's variables hold."""
+    import argcomplete
+
+    line, point = os.environ["COMP_LINE"], int(os.environ["COMP_POINT"])
+    words = argcomplete.split_line(line, point)[3]
+    argcomplete.autocomplete(_parser(words[1:]))
+    raise AssertionError("argcomplete ends the process")
 
 
 def _print_faults(*faults: str) -> None:
