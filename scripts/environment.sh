@@ -43,6 +43,20 @@ prepare_environment() {
     echo "$wanted" >"$stamp"
 }
 
+# Other programs that load what moegguf writes, for tests/test_clients.py, which skips what is not there.
+prepare_clients() {
+    local folder="$root/tests/clients"
+    if [ "$(uname -sm)" != "Linux x86_64" ] || ! command -v npm >/dev/null; then
+        return
+    fi
+    if [ ! "$folder/node_modules/.package-lock.json" -nt "$folder/package.json" ]; then
+        echo "installing other programs that load GGUF files (node-llama-cpp, @huggingface/gguf)"
+        npm install --prefix "$folder" --no-package-lock --ignore-scripts --omit=optional --silent \
+                --fetch-retries=1 --fetch-timeout=30000 \
+            || echo "npm failed: they are left out" >&2
+    fi
+}
+
 pip() {
     "$root/.venv/bin/python" -m pip "$@"
 }
