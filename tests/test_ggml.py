@@ -85,7 +85,7 @@ def test_strided_and_transposed_rows_are_quantised_by_value():
     assert np.array_equal(ggml.quantise(Type.Q8_0, rows[::2, 256:]), ggml.quantise(Type.Q8_0, rows[::2, 256:].copy()))
 
 
-@pytest.mark.parametrize("type", TYPES, ids=lambda type: type.name)
+@pytest.mark.parametrize("type", [Type.F16, Type.Q8_0, Type.Q4_K, Type.IQ3_S], ids=lambda type: type.name)
 def test_no_rows_give_no_bytes(type: Type):
     none = ggml.quantise(type, np.empty((0, N_COLS), np.float32), importance())
     assert none.shape[0] == 0 and ggml.dequantise(type, none, N_COLS).shape == (0, N_COLS)
