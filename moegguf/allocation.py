@@ -16,8 +16,8 @@ from math import ceil, prod
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 
+from moegguf.assembly import Plan, with_types
 from moegguf.assign import unassigned
-from moegguf.build import Plan, with_types
 from moegguf.errors import UserError
 from moegguf.families import TensorName
 from moegguf.mix import FFN_ROLES, Expert

@@ -2,7 +2,8 @@
 
 Written under no name where the system can do that (O_TMPFILE on Linux: nothing is left even after kill -9),
 otherwise under a temporary name beside the target that holds the writer's process id; then synced and
-renamed. `remove_stale` deletes temporary files whose writer is gone.
+renamed. `remove_stale` deletes temporary files whose writer is gone. Of several files that belong together
+the first is named last: whoever finds it finds them all.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
 from io import BufferedWriter
 from pathlib import Path
 
 from moegguf.errors import UserError
+from moegguf.sizes import show_size
 
 _MARK = ".moegguf-tmp."
 
@@ -49,6 +52,35 @@ def atomic_file(target: Path) -> Iterator[BufferedWriter]:
     except BaseException:
         _remove(temporary)
         raise
+
+
+@contextlib.contextmanager
+def atomic_files(targets: Sequence[Path]) -> Iterator[list[BufferedWriter]]:
+    """Files that become `targets`, the first one last, when the block ends well; when it raises none of them does."""
+    named: list[Path] = []
+
+    def note(target: Path, error: type[BaseException] | None) -> None:
+        if error is None:
+            named.append(target)
+
+    try:
+        with contextlib.ExitStack() as stack:
+            files = []
+            for target in targets:
+                stack.push(lambda error, *_, target=target: note(target, error))
+                files.append(stack.enter_context(atomic_file(target)))
+            yield files
+    except BaseException:
+        for target in named:
+            _remove(target)
+        raise
+
+
+def check_space(folder: Path, n_bytes: int, what: str, mend: str = "free some space") -> None:
+    """Raises UserError where `what`, of `n_bytes`, does not fit on the disk of `folder`."""
+    free = shutil.disk_usage(folder).free
+    if free < n_bytes:
+        raise UserError(f"{folder}: {show_size(free)} are free, {what} needs {show_size(n_bytes, up=True)}", mend)
 
 
 def remove_stale(target: Path) -> None:

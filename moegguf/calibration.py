@@ -33,6 +33,7 @@ from moegguf.recipe import TRUNK_OF_BASE, TRUNK_OF_MEAN, ExpertSpec, Layout, Rec
 from moegguf.runtime.encode import encode
 from moegguf.runtime.inputs import InputSquares
 from moegguf.runtime.model import RunOptions, open_model
+from moegguf.runtime.offload import WHAT_FITS, Offload
 from moegguf.runtime.template import template_of
 from moegguf.runtime.vocab import open_vocab
 from moegguf.sources.blob import LocalFile
@@ -65,7 +66,7 @@ class CalibrationOptions:
     output: bool = False
     """Whether `output.weight` is calibrated as well. llama.cpp advises against it."""
     threads: int | None = None
-    gpu_layers: int = 0
+    offload: Offload = WHAT_FITS
 
 
 @dataclass(frozen=True)
@@ -261,7 +262,7 @@ def run_calibration(plan: CalibrationPlan, progress: Progress = lambda n_tokens:
     if not plan.n_tokens:
         return plan.known
     options = RunOptions(
-        ctx=max(_BATCH, plan.known.chunk_size), threads=plan.options.threads, gpu_layers=plan.options.gpu_layers,
+        ctx=max(_BATCH, plan.known.chunk_size), threads=plan.options.threads, offload=plan.options.offload,
         kv_type=GGMLQuantizationType.F32,
     )  # fmt: skip
     calibration = replace(plan.known, datasets=plan.datasets)
@@ -359,6 +360,9 @@ def card_of_mix(header: Header) -> Card:
         raise UserError(f"{header.path}: was not made by moegguf, so its experts are unknown", "leave --split out")
     if card.compact:
         raise UserError(f"{header.path}: its neurons are merged, so its experts are not apart", "leave --split out")
+    if card.split:
+        mend = "calibrate the mix before it is split"
+        raise UserError(f"{header.path}: its neurons are in two groups, so its experts are not apart", mend)
     return card
 
 

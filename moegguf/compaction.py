@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moegguf.build import Plan, build, plan_build
+from moegguf.assembly import Plan, build, plan_build
 from moegguf.divergences import KeptReference, keep_reference
 from moegguf.errors import UserError
 from moegguf.fitting import FitOptions, dense_model
@@ -116,8 +116,7 @@ def _show(spec: CompactSpec) -> str:
 def _preset_that_fits(plan: Plan) -> str | None:
     """The most precise preset in which memory holds the whole mix; None where it holds it in none."""
     bytes_in = {"F32": 4 * plan.n_weights, "F16": 2 * plan.n_weights, "Q8_0": 34 / 32 * plan.n_weights}
-    machine = memory()
-    room = machine.largest_file if machine else PRECISE_BYTES
+    room = memory().largest_file
     if bytes_in["F32"] <= min(room, PRECISE_BYTES):
         return "F32"
     return next((preset for preset in ("F16", "Q8_0") if bytes_in[preset] <= room), None)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from hashlib import sha256
 from importlib.metadata import version
@@ -44,7 +44,9 @@ from moegguf.runtime.batch import logits
 from moegguf.runtime.context import MAX_BATCH
 from moegguf.runtime.encode import encode
 from moegguf.runtime.machine import memory
-from moegguf.runtime.model import MIN_CTX, Model, RunOptions, open_model
+from moegguf.runtime.model import Model, open_model
+from moegguf.runtime.offload import WHAT_FITS, Offload
+from moegguf.runtime.run_options import MIN_CTX, RunOptions
 from moegguf.runtime.template import template_of
 from moegguf.runtime.vocab import open_vocab
 from moegguf.texts import Record, Text
@@ -140,7 +142,7 @@ def compare(
     sequences: Sequence[Tokens],
     *,
     threads: int | None = None,
-    gpu_layers: int = 0,
+    offload: Offload = WHAT_FITS,
     progress: Progress = _silent,
 ) -> Divergence:
     """How far `model` is from `reference` on `sequences`, each of which is a chunk of at least two tokens.
@@ -149,7 +151,7 @@ def compare(
     KeyboardInterrupt at Ctrl-C.
     """
     check_vocabulary(read_header(reference), read_header(model))
-    options = _options(sequences, threads, gpu_layers)
+    options = _options(sequences, threads, offload)
     with open_model(reference, options) as first, open_model(model, options) as second:
         values = []
         for (p, following), (q, _) in zip(_blocks(first, sequences), _blocks(second, sequences), strict=True):
@@ -159,9 +161,9 @@ def compare(
 
 
 def check_both_fit(*paths: Path) -> None:
-    """Raises UserError when memory does not hold all files at once, as far as that is known."""
+    """Raises UserError when memory does not hold all files at once."""
     needed, there = sum(path.stat().st_size for path in set(paths) if path.exists()), memory()
-    if there and needed > there.largest_file:
+    if needed > there.largest_file:
         raise UserError(
             f"{' and '.join(map(str, paths))} take {needed / 1e9:.1f} GB together, memory has room for "
             f"{there.largest_file / 1e9:.1f} GB",
@@ -169,9 +171,9 @@ def check_both_fit(*paths: Path) -> None:
         )
 
 
-def _options(sequences: Sequence[Tokens], threads: int | None, gpu_layers: int) -> RunOptions:
+def _options(sequences: Sequence[Tokens], threads: int | None, offload: Offload) -> RunOptions:
     ctx = max(MIN_CTX, MAX_BATCH, *map(len, sequences))
-    return RunOptions(ctx=ctx, threads=threads, gpu_layers=gpu_layers, kv_type=GGMLQuantizationType.F32)
+    return RunOptions(ctx=ctx, threads=threads, offload=offload, kv_type=GGMLQuantizationType.F32)
 
 
 def _lengths(sequences: Sequence[Tokens]) -> np.ndarray:
@@ -206,7 +208,7 @@ class KeptReference:
     path: Path
     reference: Header
     sequences: Sequence[Tokens]
-    gpu_layers: int = 0
+    offload: Offload = WHAT_FITS
 
     @cached_property
     def nbytes(self) -> int:
@@ -232,7 +234,7 @@ class KeptReference:
         KeyboardInterrupt at Ctrl-C.
         """
         _make_room(self.path.parent, self.nbytes)
-        options = _options(self.sequences, threads, self.gpu_layers)
+        options = _options(self.sequences, threads, self.offload)
         with open_model(self.reference.path, options) as model, atomic_file(self.path) as file:
             file.write(self._head)
             for block, following in _blocks(model, self.sequences):
@@ -243,7 +245,7 @@ class KeptReference:
         """How far `model` is from the reference. The file must be there. Raises as `compare`."""
         check_vocabulary(self.reference, read_header(model))
         values = []
-        with open_model(model, _options(self.sequences, threads, self.gpu_layers)) as opened, \
+        with open_model(model, _options(self.sequences, threads, self.offload)) as opened, \
              open(self.path, "rb") as file:  # fmt: skip
             file.seek(len(self._head))
             for block, following in _blocks(opened, self.sequences):
@@ -253,17 +255,19 @@ class KeptReference:
 
     @cached_property
     def _head(self) -> bytes:
-        return _head(self.reference, self.sequences, self.gpu_layers)
+        return _head(self.reference, self.sequences, self.offload)
 
     @cached_property
     def _row(self) -> np.dtype:
         return packed_type(len(_token_list(self.reference)))
 
 
-def kept_in(folder: Path, reference: Header, sequences: Sequence[Tokens], *, gpu_layers: int = 0) -> KeptReference:
+def kept_in(
+    folder: Path, reference: Header, sequences: Sequence[Tokens], *, offload: Offload = WHAT_FITS
+) -> KeptReference:
     """The file in `folder` that is of just this: its name is a digest."""
-    digest = _head(reference, sequences, gpu_layers)[len(_MAGIC) :].hex()
-    return KeptReference(folder / f"{digest[:32]}.logits", reference, sequences, gpu_layers)
+    digest = _head(reference, sequences, offload)[len(_MAGIC) :].hex()
+    return KeptReference(folder / f"{digest[:32]}.logits", reference, sequences, offload)
 
 
 def keep_reference(
@@ -272,22 +276,22 @@ def keep_reference(
     folder: Path,
     *,
     threads: int | None = None,
-    gpu_layers: int = 0,
+    offload: Offload = WHAT_FITS,
     progress: Progress = _silent,
 ) -> KeptReference:
     """The kept logits of `reference` on `sequences`, written into `folder` unless they are there. Raises UserError."""
-    kept = kept_in(folder, read_header(reference), sequences, gpu_layers=gpu_layers)
+    kept = kept_in(folder, read_header(reference), sequences, offload=offload)
     if not kept.is_there:
         kept.write(threads=threads, progress=progress)
     return kept
 
 
-def _head(reference: Header, sequences: Sequence[Tokens], gpu_layers: int) -> bytes:
+def _head(reference: Header, sequences: Sequence[Tokens], offload: Offload) -> bytes:
     """How a file of logits begins: with a digest of all that they depend on."""
     of = {
         "reference": file_identity(reference),
         "tokens": [list(map(int, tokens)) for tokens in sequences],
-        "gpu_layers": gpu_layers,
+        "offload": asdict(offload),
         "versions": [__version__, version("llama-cpp-python")],
     }
     return _MAGIC + sha256(json.dumps(of, sort_keys=True).encode()).digest()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moegguf.build import Plan
+from moegguf.assembly import Plan
 from moegguf.tensor import largest
 
 DEFAULT_CONTEXT = 4096

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moegguf.build import build, plan_build
+from moegguf.assembly import build, plan_build
 from moegguf.errors import UserError
 from moegguf.gguf_header import Header, is_gguf, read_header
 from moegguf.metadata import read_card
@@ -316,11 +316,11 @@ def _subject(recipe: Recipe, header: Header) -> Subject:
 
 
 def _check_memory(subject: Subject) -> None:
-    machine = memory()
-    if machine and subject.gram_bytes > machine.available:
+    available = memory().available
+    if subject.gram_bytes > available:
         raise UserError(
             f"the statistics of a ridge router take {subject.gram_bytes / 1e9:.1f} GB of memory, "
-            f"{machine.available / 1e9:.1f} GB are free",
+            f"{available / 1e9:.1f} GB are free",
             "choose mode hidden, which needs little, or fit on a larger machine",
         )
 

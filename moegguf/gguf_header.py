@@ -14,7 +14,7 @@ import mmap
 import re
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import pairwise
 from math import prod
@@ -30,6 +30,7 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 MAX_DIMENSIONS = 4  # GGML_MAX_DIMS
+SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 _SCALARS = {
     GGUFValueType.UINT8: "B", GGUFValueType.INT8: "b",
@@ -88,7 +89,7 @@ def read_header(path: Path) -> Header:
     """Parse and check the header of `path`. Raises UserError when the file is no intact GGUF."""
     if journal_of(path).exists():
         raise UserError(
-            f"{path}: a change of it was interrupted, or is being made", f"run `moegguf route set {path} --recover`"
+            f"{path}: a change of it was interrupted, or is being made", f"run `moegguf set {path} --recover`"
         )
     try:
         with open(path, "rb") as file:
@@ -99,6 +100,31 @@ def read_header(path: Path) -> Header:
                 return _parse(path, data, size)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})", "check the path and its permissions") from error
+
+
+def shards(path: Path) -> list[Path]:
+    """The files that `path` is one of, in order; itself where it is not split. Raises UserError for a missing one."""
+    match = SHARD.fullmatch(path.name)
+    count = int(match["count"]) if match else 0
+    if not count:
+        return [path]
+    shards = [shard_name(path.with_name(match["stem"]), number, count) for number in range(1, count + 1)]
+    if missing := [shard.name for shard in shards if not shard.is_file()]:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(f"{path}: shard {missing[0]}{more} is missing", f"put all {count} shards into one folder")
+    return shards
+
+
+def shard_name(prefix: Path, number: int, count: int) -> Path:
+    """What llama.cpp calls a shard, counted from 1 (llama_split_path)."""
+    return prefix.with_name(f"{prefix.name}-{number:05}-of-{count:05}.gguf")
+
+
+def whole(header: Header) -> Header:
+    """The header of a split model, with the tensors of all its shards; of any other file, itself. Raises UserError."""
+    headers = [header, *(read_header(path) for path in shards(header.path) if path != header.path)]
+    tensors = {name: info for part in headers for name, info in part.tensors.items()}
+    return replace(header, tensors=tensors, file_size=sum(part.file_size for part in headers))
 
 
 class _Cursor:

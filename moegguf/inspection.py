@@ -1,8 +1,8 @@
 """What is in a finished GGUF, and whether it is sound.
 
-`inspect` reads the header only. `check` reads every byte and recomputes what it can: sizes, the router from its
-mode and seed, the scale of every block, and that every expert slot holds weights. A GGUF that is no mix of ours
-is inspected and checked as far as that makes sense.
+`inspect` reads headers only: of a split file, those of all its shards. `check` reads every byte and recomputes what it
+can: sizes, the router from its mode and seed, the scale of every block, and that every expert slot holds weights. A
+GGUF that is no mix of ours is inspected and checked as far as that makes sense.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from moegguf.families import TensorName
-from moegguf.gguf_header import DEFAULT_ALIGNMENT, Header, TensorInfo, read_header
-from moegguf.metadata import Card, read_card
+from moegguf.gguf_header import DEFAULT_ALIGNMENT, Header, TensorInfo, read_header, shards, whole
+from moegguf.metadata import Card, SplitCard, read_card
 from moegguf.mix import FFN_ROLES
 from moegguf.quant import ggml
 from moegguf.recipe import Layout, RouterMode, RouterSpec
@@ -82,7 +82,7 @@ class Inspection:
 
 def inspect(path: Path) -> Inspection:
     """Describe `path` from its header. Raises UserError when it is no intact GGUF."""
-    header = read_header(path)
+    header = whole(read_header(shards(path)[0]))
     arch = header.get("general.architecture", "unknown")
 
     def hparam(key: str) -> int:
@@ -145,18 +145,18 @@ def check(path: Path, progress: Callable[[int], None] = lambda n_bytes: None) ->
 
     `progress` hears the bytes as they are read. Raises UserError when the header itself is damaged.
     """
-    header = read_header(path)
-    card = read_card(header)
-    faults = _size_faults(header)
+    parts = [read_header(part) for part in shards(path)]
+    header, card = whole(parts[0]), read_card(parts[0])
+    faults = [fault for part in parts for fault in _size_faults(part)]
     bands: dict[str, Bands] = {}
     if card is not None:
         counts = _Counts.of(header, card)
         bands = _expert_bands(header, card, counts)
         faults += _card_faults(card, counts) + _shape_faults(header, bands)
-    blob = LocalFile(path)
+    blobs = {name: blob for part in parts for blob in [LocalFile(part.path)] for name in part.tensors}
     for info in header.tensors.values():
-        faults += _data_faults(blob, info, bands.get(info.name, Bands.of(info)), progress)
-    return faults + (_router_faults(blob, header, card) if card else [])
+        faults += _data_faults(blobs[info.name], info, bands.get(info.name, Bands.of(info)), progress)
+    return faults + (_router_faults(blobs, header, card) if card else [])
 
 
 def _size_faults(header: Header) -> list[str]:
@@ -174,7 +174,7 @@ class _Counts:
     used: int
     fused: int
     widths: tuple[int, ...] = ()
-    """Neurons of each mixed layer of a dense FFN."""
+    """Neurons of each mixed layer of a dense FFN; where neurons are split, those of the fine group and the others."""
 
     @classmethod
     def of(cls, header: Header, card: Card) -> _Counts:
@@ -182,6 +182,9 @@ class _Counts:
         if card.layout == Layout.FUSED:
             return cls(0, 0, len(card.experts), _widths(header, card))
         width, n_ff = (header.get(f"{arch}.{role}feed_forward_length", 0) for role in ("expert_shared_", ""))
+        if card.split:
+            stacked, used = (header.get(f"{arch}.expert_{key}", 0) for key in ("count", "used_count"))
+            return cls(stacked, used, 1, (width, n_ff))
         fused = width // n_ff if isinstance(n_ff, int) and n_ff else 0
         return cls(header.get(f"{arch}.expert_count", 0), header.get(f"{arch}.expert_used_count", 0), fused)
 
@@ -234,15 +237,27 @@ def _card_faults(card: Card, counts: _Counts) -> list[str]:
         faults.append(f"the layout {card.layout!r} is unknown")
     if card.router not in set(RouterMode):
         faults.append(f"the router mode {card.router!r} is unknown")
-    if counts.stacked + counts.fused != n:
-        faults.append(f"{counts.stacked} stacked and {counts.fused} fused experts, but {n} are named")
-    if counts.used + counts.fused != card.k:
-        faults.append(f"{counts.used} stacked and {counts.fused} fused experts run for a token, but k is {card.k}")
+    faults += _split_faults(card.split, counts) if card.split else _number_faults(card, counts)
     if card.is_gateless and card.k != n:
         faults.append(f"the router is gateless, but {card.k} of {n} experts run for a token")
     if card.compact and counts.widths != card.compact.widths:
         faults.append("the widths of its layers are not those that it was compacted to")
     return faults
+
+
+def _number_faults(card: Card, counts: _Counts) -> Iterator[str]:
+    n = len(card.experts)
+    if counts.stacked + counts.fused != n:
+        yield f"{counts.stacked} stacked and {counts.fused} fused experts, but {n} are named"
+    if counts.used + counts.fused != card.k:
+        yield f"{counts.used} stacked and {counts.fused} fused experts run for a token, but k is {card.k}"
+
+
+def _split_faults(split: SplitCard, counts: _Counts) -> Iterator[str]:
+    if (counts.stacked, counts.used) != (1, 1):
+        yield f"its neurons are split in two groups, but {counts.used} of {counts.stacked} stacked experts run"
+    if counts.widths != (split.fine, split.neurons - split.fine):
+        yield f"its groups have {' and '.join(map(str, counts.widths))} neurons, not {split.fine} of {split.neurons}"
 
 
 def _shape_faults(header: Header, bands: dict[str, Bands]) -> list[str]:
@@ -307,11 +322,11 @@ def _read_router(blob: LocalFile, info: TensorInfo) -> np.ndarray | None:
     return blob.read(info.offset, info.nbytes).view("<f4").reshape(info.shape)
 
 
-def _router_faults(blob: LocalFile, header: Header, card: Card) -> list[str]:
+def _router_faults(blobs: Mapping[str, LocalFile], header: Header, card: Card) -> list[str]:
     """Routers that are not what the file says of them: by their digest, or for gate-less, zeros."""
     infos = [info for info in header.tensors.values() if TensorName.parse(info.name).role == "ffn_gate_inp"]
     infos.sort(key=lambda info: TensorName.parse(info.name).layer or 0)
-    found = {info.name: _read_router(blob, info) for info in infos}
+    found = {info.name: _read_router(blobs[info.name], info) for info in infos}
     if wrong := [info for info in infos if found[info.name] is None]:
         return [f"{info.name} is {info.type.name} of shape {info.shape}, expected an F32 matrix" for info in wrong]
     if card.is_gateless:

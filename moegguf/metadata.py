@@ -30,6 +30,8 @@ class ExpertCard:
     source: str
     weight: float
     quant: str
+    licence: str = ""
+    """The Hub's identifier of it, as the source names it; empty where it names none."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,19 @@ class CompactCard:
     def size(self) -> float:
         """Neurons left, as a multiple of one model's."""
         return sum(self.widths) / (self.width * len(self.widths))
+
+
+@dataclass(frozen=True)
+class SplitCard:
+    """How the neurons of a gate-less mix are split: in each layer `fine` of `neurons` are in the finer group.
+
+    `by` is neurons or experts, `digest` the SHA-256 of which they are.
+    """
+
+    by: str
+    fine: int
+    neurons: int
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -78,10 +93,22 @@ class Card:
     layers: tuple[int, ...] | None = None
     """The layers that are mixed; None is all."""
     compact: CompactCard | None = None
+    split: SplitCard | None = None
+    base_licence: str = ""
 
     @property
     def is_gateless(self) -> bool:
         return self.router == GATELESS
+
+    @property
+    def licences(self) -> dict[str, str]:
+        """Source → licence of everything that is in the mix, the base first; empty where none is named."""
+        return {self.base: self.base_licence, **{expert.source: expert.licence for expert in self.experts}}
+
+    @property
+    def is_weighted(self) -> bool:
+        """Whether its experts have shares that were given, which are folded into their weights."""
+        return len({expert.weight for expert in self.experts}) > 1
 
     @property
     def is_dense(self) -> bool:
@@ -98,11 +125,17 @@ class Card:
         cost = "not measured" if compact.kld is None else f"KLD {compact.kld:.2g} ({compact.n_tokens} tokens)"
         return f"{compact.size:.3g}x of {n}x: {widths} neurons a layer, {n * compact.width} in the mix; {cost}"
 
+    def describe_split(self) -> str:
+        """What is in two groups, for people; nothing where nothing is."""
+        if self.split is None:
+            return ""
+        return f"by {self.split.by}: {self.split.fine} of {self.split.neurons} neurons of each layer in the finer group"
+
     def describe_router(self) -> str:
         """One line for people."""
         n = len(self.experts)
         if self.is_gateless:
-            weighted = "weighted " * (len({expert.weight for expert in self.experts}) > 1)
+            weighted = "weighted " * self.is_weighted
             return f"gateless: the {weighted}mean of {n} experts"
         parts = [f"{self.router}: {self.k} of {n} experts"]
         if self.always_on:
@@ -123,6 +156,7 @@ class Card:
             return GGUFValue(values, GGUFValueType.ARRAY, type)
 
         settings = [f"{key}={value}" for key, value in self.settings.items()]
+        licences = [expert.licence for expert in self.experts]
         is_measured = self.compact is not None and self.compact.kld is not None
         values = {
             "format_version": GGUFValue(FORMAT_VERSION, u32),
@@ -144,12 +178,18 @@ class Card:
             "compact.width": GGUFValue(self.compact.width, u32) if self.compact else None,
             "compact.kld": GGUFValue(self.compact.kld, f32) if is_measured else None,
             "compact.tokens": GGUFValue(self.compact.n_tokens, u32) if is_measured else None,
+            "split.by": GGUFValue(self.split.by, string) if self.split else None,
+            "split.fine": GGUFValue(self.split.fine, u32) if self.split else None,
+            "split.neurons": GGUFValue(self.split.neurons, u32) if self.split else None,
+            "split.digest": GGUFValue(self.split.digest, string) if self.split else None,
             "base": GGUFValue(self.base, string),
+            "base.license": GGUFValue(self.base_licence, string) if self.base_licence else None,
             "quant": GGUFValue(self.quant, string),
             "expert.names": array([expert.name for expert in self.experts], string),
             "expert.sources": array([expert.source for expert in self.experts], string),
             "expert.weights": array([expert.weight for expert in self.experts], f32),
             "expert.quants": array([expert.quant for expert in self.experts], string),
+            "expert.licenses": array(licences, string) if any(licences) else None,
         }
         return {PREFIX + key: value for key, value in values.items() if value is not None}
 
@@ -176,6 +216,8 @@ def read_card(header: Header) -> Card | None:
             f"{header.path}: mix format {version}, this moegguf knows {FORMAT_VERSION}", "use the moegguf that made it"
         )
     columns = [get(f"expert.{column}") for column in ("names", "sources", "weights", "quants")]
+    if PREFIX + "expert.licenses" in header.fields:
+        columns.append(get("expert.licenses"))
     if not all(map(_is_list, columns)) or len({len(column) for column in columns}) != 1:
         raise UserError(f"{header.path}: {PREFIX}expert.* are no lists of equal length", "build the mix again")
     compact = None
@@ -186,6 +228,9 @@ def read_card(header: Header) -> Card | None:
         if len(counts) < 2 or not all(type(n) is int and n > 0 for n in counts):
             raise UserError(f"{header.path}: {PREFIX}compact.* are no counts of neurons", "build the mix again")
         compact = replace(compact, widths=tuple(compact.widths))
+    split = None
+    if PREFIX + "split.by" in header.fields:
+        split = SplitCard(*(get(f"split.{key}") for key in ("by", "fine", "neurons", "digest")))
     card = Card(
         name=get("name"),
         tool_version=get("version"),
@@ -205,6 +250,8 @@ def read_card(header: Header) -> Card | None:
         trunk=header.get(PREFIX + "trunk", Card.trunk),
         layers=None if (layers := header.get(PREFIX + "layers")) is None else tuple(layers),
         compact=compact,
+        split=split,
+        base_licence=header.get(PREFIX + "base.license", Card.base_licence),
     )
     for key, expected in card.to_metadata().items():
         if key not in header.fields:  # a file of before there was such a key

@@ -18,8 +18,9 @@ import numpy as np
 
 from moegguf.errors import UserError
 from moegguf.families import MOE_ARCHITECTURES, PER_LAYER_WIDTHS, TensorName
-from moegguf.quant.imatrix import Imatrix
+from moegguf.quant.imatrix import Imatrix, taken_apart
 from moegguf.quant.neurons import Compaction
+from moegguf.quant.split import Energies, Split
 from moegguf.quant.sums import weighted_sum
 from moegguf.recipe import TRUNK_OF_BASE, TRUNK_OF_MEAN, ExpertSpec, Layout, Mixed, Recipe
 from moegguf.routers import FFN, Router, Site, fit_into, make_router
@@ -51,7 +52,8 @@ class Expert:
 
     def importance(self, layer: int, role: str) -> np.ndarray | None:
         """Of the columns of one of its projections, float32 (n_cols,); None where it is not known."""
-        return None if self.imatrix is None else self.imatrix.entries[str(TensorName(layer, role, "weight"))][0]
+        entry = self.imatrix.entries.get(str(TensorName(layer, role, "weight"))) if self.imatrix else None
+        return None if entry is None else entry[0]
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,16 @@ class Mix:
     layers: tuple[int, ...] = ()
     """The layers whose FFNs are mixed; in the others the trunk has one of its own."""
     compaction: Compaction | None = None
+    split: Split | None = None
+
+    @property
+    def energies(self) -> Energies | None:
+        """share² · E[h²] of every neuron, with h what enters its down column; None where that is not all known."""
+        squares = {layer: [e.importance(layer, "ffn_down") for e in self.experts] for layer in self.layers}
+        if any(one is None for some in squares.values() for one in some):
+            return None
+        shares = np.array([[expert.weight] for expert in self.experts])
+        return {layer: shares**2 * np.stack(some) for layer, some in squares.items()}
 
     @property
     def groupings(self) -> Mapping[int, np.ndarray]:
@@ -101,9 +113,9 @@ def make_mix(
     sources = _open_all(recipe, open_source)
     experts = tuple(Expert(spec, sources[spec.source]) for spec in recipe.experts)
     base = next((e.source for e in experts if e.name == recipe.trunk), sources[recipe.base])
-    faults = _base_faults(base, recipe.layout)
+    faults = base_faults(base, recipe.layout)
     if not faults:
-        faults = [fault for expert in experts for fault in _expert_faults(base, expert)]
+        faults = [fault for expert in experts for fault in expert_faults(base, expert)]
         faults += _layer_faults(base, recipe) + _trunk_faults(base, experts, recipe)
     if faults:
         raise UserError.of(faults)
@@ -132,6 +144,22 @@ def with_imatrices(mix: Mix, read: Callable[[str], Imatrix]) -> Mix:
     if faults:
         raise UserError.of(faults)
     return replace(mix, experts=tuple(experts))
+
+
+def with_imatrix(mix: Mix, imatrix: Imatrix) -> tuple[Mix, Imatrix]:
+    """`mix`, its experts with what `imatrix` says of them, and what it says of all else.
+
+    If it was measured on this mix, that is more than an expert's own imatrix says; if on a dense model, less.
+    """
+    ffns = [mix.experts[0].ffn(layer, role) for layer in mix.layers for role in FFN_ROLES]
+    widths = {tensor.name: tensor.n_cols for tensor in ffns}
+    found, rest = taken_apart(imatrix, len(mix.experts), widths)
+    dense = {name: entry for name, entry in rest.entries.items() if entry.size == widths.get(name)}
+    experts = []
+    for expert, own in zip(mix.experts, found, strict=True):
+        entries = {**dense, **(expert.imatrix.entries if expert.imatrix else {}), **own.entries}
+        experts.append(replace(expert, imatrix=replace(imatrix, entries=entries) if entries else None))
+    return replace(mix, experts=tuple(experts)), rest
 
 
 def _imatrix_faults(mix: Mix, expert: Expert, imatrix: Imatrix) -> list[UserError]:
@@ -247,7 +275,8 @@ def _open_all(recipe: Recipe, open_source: Callable[[str], Source]) -> dict[str,
     return sources
 
 
-def _base_faults(base: Source, layout: Layout) -> list[UserError]:
+def base_faults(base: Source, layout: Layout) -> list[UserError]:
+    """Why `base` cannot be mixed, or not in `layout`."""
     names = {TensorName.parse(name).role for name in base.tensors}
     if names & {"ffn_gate_inp", "ffn_gate_exps", "ffn_down_exps"}:
         return [UserError(f"{base.ref}: is a Mixture of Experts already", "mix dense fine-tunes")]
@@ -321,7 +350,7 @@ _HPARAMS = {
 }
 
 
-def _expert_faults(base: Source, expert: Expert) -> list[UserError]:
+def expert_faults(base: Source, expert: Expert) -> list[UserError]:
     """Why the FFNs of `expert` do not fit into `base`."""
     source = expert.source
     if source is base:
@@ -343,6 +372,15 @@ def _expert_faults(base: Source, expert: Expert) -> list[UserError]:
         if source.hparam(key, 0) != base.hparam(key)
     ]
     return faults or _ffn_faults(base, source, where)
+
+
+def unused_targets(expert: Expert, mixed: Mixed, trunk: str) -> list[str]:
+    """What an adapter changes and a mix does not take from it, as roles such as attn_q."""
+    lora = expert.source.lora
+    used = {*FFN_ROLES, *(ATTENTION_ROLES if mixed.attention else ())}
+    if lora is None or trunk in (TRUNK_OF_MEAN, expert.name):
+        return []
+    return sorted({TensorName.parse(name).role for name in lora.deltas} - used)
 
 
 def _ffn_faults(base: Source, source: Source, where: str) -> list[UserError]:

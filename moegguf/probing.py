@@ -20,7 +20,7 @@ from pathlib import Path
 from gguf import GGMLQuantizationType as Type
 
 from moegguf.allocation import Survey
-from moegguf.build import build, with_types
+from moegguf.assembly import build, with_types
 from moegguf.divergences import chunk_length, compare, sequences_of
 from moegguf.errors import UserError
 from moegguf.families import TensorName

@@ -18,6 +18,8 @@
     quant = "Q4_K_M"                              # or { preset = "Q4_K_M", attn = "Q8_0", tensors = { REGEX = "F16" } }
                                                   # { budget = "12GB" }, { bpw = 4.25 }: types chosen to fit;
                                                   # { plan = "types.json" }: types that --save-plan wrote
+                                                  # gate-less, with a budget: split = "neurons", "experts", "none" or
+                                                  # "auto" (with layout auto): two precisions in every layer
     round_types = "up"                            # or down: experts of more precisions than a layer holds share them
     imatrix = "imatrix.gguf"                      # from `moegguf calibrate` or llama-imatrix, for few bits; of the
                                                   # mix or its base, and in the table of an expert one of its own
@@ -184,6 +186,16 @@ class Rounding(StrEnum):
     DOWN = "down"
 
 
+class Splitting(StrEnum):
+    """What goes to the finer of two groups in every layer of a gate-less mix that has a budget."""
+
+    AUTO = "auto"
+    """Neurons, where that can be done and is predicted to lose less than one group."""
+    NEURONS = "neurons"
+    EXPERTS = "experts"
+    NONE = "none"
+
+
 @dataclass(frozen=True)
 class QuantSpec:
     """A preset of llama.cpp, and what overrides it: types by role, and by regular expression on tensor names.
@@ -200,6 +212,7 @@ class QuantSpec:
     types: Mapping[str, GGMLQuantizationType] = field(default_factory=dict)
     chosen_for: str = ""
     """The budget that `types` were chosen for."""
+    split: Splitting = Splitting.NONE
 
     @property
     def label(self) -> str:
@@ -292,7 +305,8 @@ def _overridden(table: Mapping[str, object], overrides: Mapping[str, object]) ->
         if not isinstance(each.get("quant", {}), dict):
             each["quant"] = {"preset": each["quant"]}
     if _TARGETS & set(new.get("quant", {})):  # a preset, a budget and a plan exclude each other
-        old["quant"] = {key: value for key, value in old.get("quant", {}).items() if key not in _TARGETS}
+        replaced = _TARGETS if set(_BUDGETS) & set(new["quant"]) else {*_TARGETS, "split"}
+        old["quant"] = {key: value for key, value in old.get("quant", {}).items() if key not in replaced}
     if "compact" in new:  # a size and a largest KLD are no parts of one thing
         old.pop("compact", None)
     if any(
@@ -347,7 +361,8 @@ _KEYS = (
     "base", "trunk", "experts", "mix", "layers", "router", "domains", "compact", "always_on", "layout", "quant",
     "round_types", "imatrix", "output", "description", "license",
 )  # fmt: skip
-_TARGETS = {"preset", "budget", "bpw", "plan"}
+_BUDGETS = ("budget", "bpw")
+_TARGETS = {"preset", "plan", *_BUDGETS}
 _MAX_BPW = 32
 _ROUTER_KEYS = {
     RouterMode.GATELESS: (),
@@ -384,6 +399,9 @@ class _Checker:
         compact = self.compact(table["compact"], mixed, router, experts) if "compact" in table else None
         must_be_dense = mixed.fine_grained or layers is not None or compact is not None
         layout = self.layout(table.get("layout"), router, experts, must_be_dense=must_be_dense)
+        split = self.split(table, router, experts, must_be_dense=must_be_dense)
+        if split is not Splitting.NONE:
+            quant, layout = replace(quant, split=split), Layout.FUSED
         trunk = self.trunk(table.get("trunk", TRUNK_OF_BASE), experts)
         domains = self.domains(table.get("domains", {}), experts)
         output = self.text("output", table.get("output", f"{name}-{quant.label}.gguf"), "name a .gguf file")
@@ -639,6 +657,28 @@ class _Checker:
             self.fault("layout", asked, "mixtral with a router and no always_on", "name an always_on expert")
         return asked
 
+    def split(
+        self, table: Mapping[str, object], router: RouterSpec, experts: tuple[ExpertSpec, ...], *, must_be_dense: bool
+    ) -> Splitting:
+        quant, layout = table.get("quant"), table.get("layout")
+        quant = quant if isinstance(quant, dict) else {}
+        is_asked = "split" in quant
+        asked = self.choice("quant.split", quant["split"], Splitting) if is_asked else Splitting.AUTO
+        if asked in (None, Splitting.NONE) or not (is_asked or layout == "auto"):
+            return Splitting.NONE
+        needs = {
+            "router gateless": not router.is_gateless,
+            "a mix of whole FFNs in all layers that is not compact": must_be_dense,
+            "one quant for all experts": len({expert.quant for expert in experts}) > 1,
+            "a budget": not set(_BUDGETS) & set(quant),
+            "layout shared or auto": layout in (Layout.MIXTRAL, Layout.FUSED),
+            "layout auto": asked is Splitting.AUTO and layout == Layout.SHARED,
+        }
+        unmet = [f"only with {need}" for need, is_unmet in needs.items() if is_unmet]
+        if unmet and is_asked:
+            self.fault("quant.split", asked, ", ".join(unmet), f"mend that, or choose split = {str(Splitting.NONE)!r}")
+        return Splitting.NONE if unmet else asked
+
     def dense_layout(self, asked: Layout | str | None, quants: list[str]) -> Layout:
         """The layout of gate-less mixes that only a dense FFN can hold."""
         if asked not in (None, "auto", Layout.FUSED):
@@ -658,7 +698,7 @@ class _Checker:
     def quant(self, value: object) -> QuantSpec:
         if not isinstance(value, dict):
             return QuantSpec(self.preset("quant", value))
-        self.known_keys("quant.", value, ("preset", "budget", "bpw", "plan", *Role, "tensors"))
+        self.known_keys("quant.", value, ("preset", *_BUDGETS, "plan", *Role, "tensors", "split"))
         if len(targets := sorted(_TARGETS & set(value))) > 1:
             self.fault("quant", " and ".join(targets), "one of preset, budget, bpw and plan", "leave the others out")
         roles = {role: self.type(f"quant.{role}", value[role]) for role in Role if role in value}

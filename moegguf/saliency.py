@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moegguf.divergences import chunk_length, keep_reference, sequences_of
-from moegguf.edit import FinishedMix
+from moegguf.edit.finished import FinishedMix
 from moegguf.errors import UserError
 from moegguf.gguf_header import Header
 from moegguf.measure.divergence import Divergence
-from moegguf.prune import routed
 from moegguf.runtime.contributions import Contributions
 from moegguf.runtime.model import RunOptions, open_model
 from moegguf.texts import Record
@@ -51,7 +50,7 @@ def rank(
     mix: FinishedMix, chunks: Sequence[Tokens], *, threads: int | None = None, progress: Callable[[int], None]
 ) -> list[Rank]:
     """The experts behind the router, the one that matters most first. `progress` hears the tokens as they pass."""
-    names = routed(mix.card)
+    names = mix.routed_names
     options = RunOptions(ctx=max(map(len, chunks)), threads=threads)
     with open_model(mix.path, options) as model, Contributions(model, len(names)) as contributions:
         for n_tokens in contributions.run(chunks):

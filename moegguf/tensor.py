@@ -101,6 +101,15 @@ class Lora:
 
 
 @dataclass(frozen=True)
+class Expected:
+    """What a file must hold, by the store that it comes from: `n_bytes` of this SHA-256 (hex)."""
+
+    path: Path
+    n_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Source:
     """A model to take weights from: an HF folder, a Hub repo, a GGUF file, an adapter over one of them.
 
@@ -118,10 +127,23 @@ class Source:
     files: tuple[Path, ...] = ()
     lora: Lora | None = None
     """Set where `tensors` are those of another source with an adapter merged in."""
+    expected: tuple[Expected, ...] = ()
+    """Files whose digests are known, for a build to verify before it writes: that means reading them whole."""
+    notes: tuple[str, ...] = ()
+    """What of this model does not get into a mix that has it as its base, in sentences."""
 
     @property
     def arch(self) -> str:
         return self.metadata["general.architecture"].value
+
+    @property
+    def licence(self) -> str:
+        """The Hub's identifier of its licence, or the name that the model gives one of its own; empty where unknown."""
+        licence, name = (self.metadata.get(f"general.license{part}") for part in ("", ".name"))
+        if licence is None or not isinstance(licence.value, str):
+            return ""
+        is_named = licence.value == "other" and name is not None and isinstance(name.value, str)
+        return name.value if is_named else licence.value
 
     def hparam(self, key: str, default: int | float | str | None = None):
         """The value of `<arch>.<key>`. Raises KeyError when it is absent and there is no default."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from moegguf.build import open_mix
+from moegguf.assembly import open_mix
 from moegguf.errors import UserError
 from moegguf.mix import Mix
 from moegguf.recipe import Recipe

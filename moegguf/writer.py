@@ -13,8 +13,9 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
-from io import BufferedWriter
+from io import BufferedRandom, BufferedWriter
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +25,10 @@ from gguf.gguf_writer import WriterState
 from moegguf.atomic import atomic_file
 from moegguf.errors import UserError
 from moegguf.gguf_header import TensorInfo
+from moegguf.journal import Span
 from moegguf.quant import ggml
 from moegguf.quant.rows import Requantised, make_rows
-from moegguf.tensor import Metadata, Part, Planned
+from moegguf.tensor import Metadata, Part, Planned, row_bytes
 
 ALIGNMENT = 32
 CHUNK_WEIGHTS = 1 << 20
@@ -39,7 +41,7 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Written:
-    """What a finished write did; `n_bytes` is the size of the file."""
+    """What a finished write did; of a whole file `n_bytes` is its size."""
 
     n_bytes: int
     requantised: Requantised
@@ -78,21 +80,24 @@ def write_gguf(path: Path, header: bytes, planned: Sequence[Planned], threads: i
 
     Raises UserError for weights that are NaN or Inf, for damaged sources, and when the disk cannot take the file.
     """
+    with atomic_file(path) as file:
+        return write_into(file, header, planned, threads, progress)
+
+
+def write_into(
+    file: BufferedWriter, header: bytes, planned: Sequence[Planned], threads: int, progress: Progress
+) -> Written:
+    """Write `header` and `planned` to the empty `file`; raises as `write_gguf` does."""
     _refuse_unwritable_types(planned)
     size = len(header) + data_bytes(planned)
-    n_bytes, requantised = 0, Requantised()
-    with atomic_file(path) as file:
-        file.write(header)
-        file.truncate(size)  # what no chunk fills is padding, and reads as zeros
-        file.flush()
-        for done in _write_chunks(file, _chunks(planned, len(header)), threads):
-            n_bytes += done.n_bytes
-            requantised += done.requantised
-            progress(done.n_bytes)
-        expected = sum(tensor.nbytes for tensor in planned)
-        if n_bytes != expected:
-            raise AssertionError(f"{n_bytes} bytes of tensors written, {expected} planned")
-    return Written(size, requantised)
+    file.write(header)
+    file.truncate(size)  # what no chunk fills is padding, and reads as zeros
+    file.flush()
+    written = write_chunks(file, _chunks(planned, len(header)), threads, progress)
+    expected = sum(tensor.nbytes for tensor in planned)
+    if written.n_bytes != expected:
+        raise AssertionError(f"{written.n_bytes} bytes of tensors written, {expected} planned")
+    return Written(size, written.requantised)
 
 
 def padded(n: int) -> int:
@@ -108,39 +113,58 @@ def _refuse_unwritable_types(planned: Sequence[Planned]) -> None:
 
 
 @dataclass(frozen=True)
-class _Chunk:
-    """Rows start to stop of one band of a tensor, and where they go in the file."""
+class Chunk:
+    """Rows start to stop of parts that stand side by side in a tensor, and where the first of them goes in the file."""
 
     tensor: Planned
-    band: tuple[Part, ...]
+    parts: tuple[Part, ...]
     start: int
     stop: int
     offset: int
 
+    @property
+    def spans(self) -> list[Span]:
+        """What it fills: one piece where the parts are whole rows of the tensor, else one for each row."""
+        whole, n_rows = self.tensor.row_bytes, self.stop - self.start
+        width = row_bytes(self.tensor.type, sum(part.tensor.n_cols for part in self.parts))
+        if width == whole:
+            return [Span(self.offset, n_rows * whole)]
+        return [Span(self.offset + row * whole, width) for row in range(n_rows)]
 
-@dataclass(frozen=True)
-class _Done:
-    n_bytes: int
-    requantised: Requantised
+
+def chunks_of(tensor: Planned, parts: tuple[Part, ...], offset: int) -> Iterator[Chunk]:
+    """All rows of `parts`, which stand side by side in `tensor` from `offset` of the file on."""
+    step = max(1, CHUNK_WEIGHTS // tensor.slot.n_cols)
+    n_rows = parts[0].tensor.n_rows
+    for start in range(0, n_rows, step):
+        yield Chunk(tensor, parts, start, min(start + step, n_rows), offset + start * tensor.row_bytes)
 
 
-def _chunks(planned: Sequence[Planned], offset: int) -> Iterator[_Chunk]:
+def _chunks(planned: Sequence[Planned], offset: int) -> Iterator[Chunk]:
     """All chunks in file order, the first at `offset`."""
     for tensor in planned:
         at = offset
-        step = max(1, CHUNK_WEIGHTS // tensor.slot.n_cols)
         for band in tensor.slot.bands:
-            n_rows = band[0].tensor.n_rows
-            for start in range(0, n_rows, step):
-                stop = min(start + step, n_rows)
-                yield _Chunk(tensor, band, start, stop, at)
-                at += (stop - start) * tensor.row_bytes
+            yield from chunks_of(tensor, band, at)
+            at += band[0].tensor.n_rows * tensor.row_bytes
         offset += padded(tensor.nbytes)
 
 
-def _write_chunks(file: BufferedWriter, chunks: Iterable[_Chunk], threads: int) -> Iterator[_Done]:
-    """Make and write all chunks on `threads` workers; a worker's error is raised here."""
-    waiting: deque[Future[_Done]] = deque()
+def write_chunks(
+    file: BufferedWriter | BufferedRandom, chunks: Iterable[Chunk], threads: int, progress: Progress
+) -> Written:
+    """Make and write all chunks on `threads` workers; a worker's error is raised here. `n_bytes` is their size."""
+    n_bytes, requantised = 0, Requantised()
+    with closing(_written_chunks(file, chunks, threads)) as pieces:  # no worker writes on after an error here
+        for done in pieces:
+            n_bytes += done.n_bytes
+            requantised += done.requantised
+            progress(done.n_bytes)
+    return Written(n_bytes, requantised)
+
+
+def _written_chunks(file: BufferedWriter | BufferedRandom, chunks: Iterable[Chunk], threads: int) -> Iterator[Written]:
+    waiting: deque[Future[Written]] = deque()
     write_at = _positioned_write(file)
     pool = ThreadPoolExecutor(threads, thread_name_prefix="quantise")
     try:
@@ -154,14 +178,16 @@ def _write_chunks(file: BufferedWriter, chunks: Iterable[_Chunk], threads: int) 
         pool.shutdown(cancel_futures=True)
 
 
-def _write_chunk(write_at: Callable[[memoryview, int], None], chunk: _Chunk) -> _Done:
-    rows, requantised = make_rows(chunk.tensor, chunk.band, chunk.start, chunk.stop)
-    data = np.ascontiguousarray(rows)
-    write_at(data.reshape(-1).data, chunk.offset)
-    return _Done(data.nbytes, requantised)
+def _write_chunk(write_at: Callable[[memoryview, int], None], chunk: Chunk) -> Written:
+    rows, requantised = make_rows(chunk.tensor, chunk.parts, chunk.start, chunk.stop)
+    data, at = np.ascontiguousarray(rows).reshape(-1).data, 0
+    for span in chunk.spans:
+        write_at(data[at : at + span.n_bytes], span.offset)
+        at += span.n_bytes
+    return Written(at, requantised)
 
 
-def _positioned_write(file: BufferedWriter) -> Callable[[memoryview, int], None]:
+def _positioned_write(file: BufferedWriter | BufferedRandom) -> Callable[[memoryview, int], None]:
     """A function that writes bytes at an offset, from any thread."""
     lock = threading.Lock()
 

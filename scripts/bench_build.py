@@ -268,7 +268,7 @@ def llama_quantise(source: str, target: str, quant: str, threads: str) -> None:
 
 def import_all() -> None:
     """What a build imports."""
-    import moegguf.build
+    import moegguf.assembly
     import moegguf.cli
     import moegguf.commands.build
     import moegguf.sources.gguf_file

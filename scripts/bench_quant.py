@@ -8,6 +8,7 @@ calibrated on its training text, which shares no question with that.
     presets    as `build` makes them: byte for byte the tensors that llama_model_quantize makes of the mix in F32 with
                the same imatrix (tests/test_oracle.py)
     budget     types chosen for exactly the size of a preset's file, by the built-in rule: nothing is probed
+    split      budgets of the same sizes in layout auto, where the neurons of a layer may be in two groups
     groups     layout shared: half of the experts in one preset, half in another, against a budget of that size
     compact    neurons merged until a size is left, on the family as it is and on copies of it that drifted less: base +
                s · (expert - base) of the FFNs; against the whole mix in Q6_K
@@ -50,8 +51,8 @@ from generate_models import generate, parse_shape
 
 import moegguf
 from moegguf.allocation import Survey, allocate, survey
+from moegguf.assembly import Plan, build, open_mix, plan_build
 from moegguf.atomic import atomic_file
-from moegguf.build import Plan, build, open_mix, plan_build
 from moegguf.calibration import CalibrationOptions, experts_of, plan_calibration, run_calibration
 from moegguf.compaction import CompactOptions, choose_merges
 from moegguf.demo import MEMBERS, MODELS
@@ -64,6 +65,7 @@ from moegguf.measure.plots import curves, require
 from moegguf.quant.imatrix import write_calibration
 from moegguf.quant.neurons import Compaction
 from moegguf.recipe import Budget, Recipe, parse_recipe
+from moegguf.splitting import allocate_split
 from moegguf.texts import Record, read_domains
 
 OUT = Path(moegguf.__file__).parent / "demo" / "bits"
@@ -345,6 +347,20 @@ def of_budgets(bench: Bench, limits: Sequence[Measured], imatrix: str) -> list[M
     return [bench.measure(f"budget of {limit.name}", partial(plan, limit)) for limit in limits]
 
 
+def of_splits(bench: Bench, limits: Sequence[Measured], imatrix: str) -> list[Measured]:
+    """Budgets of the sizes of other files, their neurons in two groups where that is predicted to lose less."""
+
+    @cache
+    def found() -> Survey:
+        recipe = bench.recipe({"budget": "1GB"}, layout="auto", imatrix=imatrix)
+        return survey(plan_build(recipe), threads=bench.threads)
+
+    def plan(limit: Measured) -> Plan:
+        return allocate_split(found(), Budget(str(limit.n_bytes), n_bytes=limit.n_bytes), threads=bench.threads).plan
+
+    return [bench.measure(f"split within {limit.name}", partial(plan, limit)) for limit in limits]
+
+
 def best_within(presets: Sequence[Measured], n_bytes: int) -> Measured | None:
     """The preset of least KLD that takes no more."""
     return min((row for row in presets if row.n_bytes <= n_bytes), key=lambda row: row.kld, default=None)
@@ -424,6 +440,7 @@ class Results:
     presets: list[Measured]
     rivals: list[Measured]
     budgets: list[Measured]
+    splits: list[Measured]
     plain_presets: list[Measured]
     plain_budgets: list[Measured]
     groups: list[Pair]
@@ -439,6 +456,11 @@ class Results:
 
     def against_plain_presets(self) -> list[tuple[Pair, Measured]]:
         return _paired(self.plain_budgets, self.plain_presets, self.plain_presets)
+
+    def against_one_group(self) -> list[tuple[Pair, Measured]]:
+        """Each budget that may be split against the same budget in one group."""
+        return [(Pair(split, one), limit)
+                for split, one, limit in zip(self.splits, self.budgets, self.presets, strict=True)]  # fmt: skip
 
     def in_range(self) -> list[Pair]:
         """Of the sizes that the target is about."""
@@ -460,6 +482,7 @@ def measure_family(bench: Bench, presets: Sequence[str], rivals: Sequence[str] =
     groups = of_groups(bench)
     return Results(
         bench, weighted, of_presets(bench, rivals, imatrix), of_budgets(bench, weighted, imatrix),
+        of_splits(bench, weighted, imatrix),
         plain, of_budgets(bench, plain, ""),
         [Pair(*pair) for pair in zip(groups, of_budgets(bench, groups, imatrix), strict=True)],
     )  # fmt: skip
@@ -492,7 +515,7 @@ the best one within a size is of all that were measured, on demo also
 
 {parts}
 
-## (e) Compact
+## (f) Compact
 
 Neurons of the experts merged to a multiple of one model's, in layout fused, all with the imatrix; × is the size
 against the whole mix in {fine}, ratio is KLD / KLD of that. Drift × s: FFNs are base + s · (expert - base). The budgets
@@ -544,7 +567,9 @@ def _parts(results: Results) -> str:
         *_ratio_table(results.against_presets(), results.presets), "",
         f"## {name}: (c) the same without imatrix", "",
         *_ratio_table(results.against_plain_presets(), results.plain_presets), "",
-        f"## {name}: (d) per-expert groups", "",
+        f"## {name}: (d) neurons in two groups, the same budgets and imatrix", "",
+        *_split_table(results), "",
+        f"## {name}: (e) per-expert groups", "",
         f"Half of the experts in {FINE}, the others and the trunk in a coarser preset; the budget is of that size, any "
         f"type for any tensor. It is closer than the groups in {_n_lost(results.groups)} of {len(results.groups)}.", "",
         *_group_table(results), "",
@@ -569,6 +594,18 @@ def _ratio_table(rows: Sequence[tuple[Pair, Measured]], presets: Sequence[Measur
             f"| {_plain(limit)} | {limit.n_bytes / 1e6:.3f} | {limit.bpw:.2f} | {_kld(limit)} | {_kld(pair.ours)} | "
             f"{_plain(pair.other)} | **{pair.ratio}** |"
         )
+
+
+def _split_table(results: Results) -> Iterator[str]:
+    yield "| size of | MB | bits per weight | KLD of the budget | KLD in two groups | ratio |"
+    yield "|---|---|---|---|---|---|"
+    pairs = results.against_one_group()
+    for pair, limit in pairs:
+        yield (
+            f"| {limit.name} | {limit.n_bytes / 1e6:.3f} | {limit.bpw:.2f} | {_kld(pair.other)} | {_kld(pair.ours)} | "
+            f"**{pair.ratio}** |"
+        )
+    yield f"| geometric mean | | | | | {np.exp(np.mean([np.log(pair.ratio.value) for pair, _ in pairs])):.2f} |"
 
 
 def _group_table(results: Results) -> Iterator[str]:
@@ -639,6 +676,7 @@ def draw(path: Path, results: Results, compacts: Sequence[Compacts]) -> None:
     series = {
         "presets": results.all_presets,
         "budgets": results.budgets,
+        "budgets, two groups": results.splits,
         "presets, no imatrix": results.plain_presets,
         "budgets, no imatrix": results.plain_budgets,
         "groups": [pair.ours for pair in results.groups[::2]],
@@ -671,11 +709,13 @@ def as_json(results: Sequence[Results], compacts: Sequence[Compacts]) -> dict[st
                 "presets": [*map(row, each.presets)],
                 "rivals": [*map(row, each.rivals)],
                 "budgets": [*map(row, each.budgets)],
+                "splits": [*map(row, each.splits)],
                 "presets_without_imatrix": [*map(row, each.plain_presets)],
                 "budgets_without_imatrix": [*map(row, each.plain_budgets)],
                 "groups": [row(pair.ours) for pair in each.groups],
                 "budgets_of_groups": [row(pair.other) for pair in each.groups],
                 "ratios": rows(each.against_presets()),
+                "ratios_of_splits": rows(each.against_one_group()),
                 "ratios_without_imatrix": rows(each.against_plain_presets()),
             }
             for each in results

@@ -56,8 +56,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 
 import moegguf
+from moegguf.assembly import build, open_mix, plan_build
 from moegguf.atomic import atomic_file
-from moegguf.build import build, open_mix, plan_build
 from moegguf.demo import MODELS
 from moegguf.demo.text import DOMAINS, examples
 from moegguf.errors import UserError

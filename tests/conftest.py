@@ -16,7 +16,7 @@ import pytest
 from gguf import GGMLQuantizationType, GGUFValue, GGUFWriter
 
 import tiny_models
-from moegguf.build import Built, build, plan_build
+from moegguf.assembly import Built, build, plan_build
 from moegguf.gguf_header import read_header
 from moegguf.quant import ggml
 from moegguf.recipe import Recipe, parse_recipe

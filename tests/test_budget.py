@@ -17,7 +17,7 @@ from gguf import GGMLQuantizationType as Type
 from conftest import Family, make_recipe, read_metadata, read_tensors
 from moegguf import probing
 from moegguf.allocation import Survey, allocate, expert_errors, precisions, survey
-from moegguf.build import build, plan_build
+from moegguf.assembly import build, plan_build
 from moegguf.cli import main
 from moegguf.divergences import chunk_length, compare, sequences_of
 from moegguf.errors import UserError
@@ -241,7 +241,7 @@ def test_a_budget_lowers_the_divergence_that_presets_of_its_size_have(demo_surve
         return compare(reference, path, sequences, threads=1).kld.value
 
     ratios = []
-    for preset in ("Q2_K", "Q3_K_M", "Q5_K_M"):
+    for preset in ("Q2_K", "Q5_K_M"):
         plan = demo_plan(tmp_path / "preset.gguf", quant=preset)
         ratios.append(kld(allocate(demo_survey, Budget("x", n_bytes=plan.n_bytes)).plan) / kld(plan))
     assert max(ratios) <= 0.8, ratios

@@ -18,7 +18,7 @@ from gguf import GGML_QUANT_VERSION, LlamaFileType
 import tiny_models
 from conftest import Family, build_dense, build_mix, make_recipe, read_metadata, read_tensors, rewrite
 from moegguf import __version__
-from moegguf.build import build, plan_build
+from moegguf.assembly import build, plan_build
 from moegguf.gguf_header import read_header
 from moegguf.metadata import Card, ExpertCard, read_card
 

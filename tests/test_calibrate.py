@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from gguf import GGMLQuantizationType
 
 from conftest import build_dense, build_mix, logits, make_recipe
-from moegguf.build import plan_build
+from moegguf.assembly import plan_build
 from moegguf.calibration import (
     CalibrationOptions,
     experts_of,
@@ -172,15 +173,16 @@ def test_every_matrix_of_every_layer_is_calibrated_in_any_architecture(arch: str
 
 
 def test_the_output_matrix_is_calibrated_on_request_and_is_not_computed_otherwise(mix: Path, monkeypatch):
-    from moegguf.runtime import inputs, watch
+    from moegguf.runtime import inputs
 
     nodes: list[bytes] = []
     monkeypatch.setattr(inputs, "name_of", lambda node: nodes.append(name_of(node)) or nodes[-1])
     found = []
-    for has_gpu, output in ((False, False), (True, False), (False, True)):
-        monkeypatch.setattr(watch, "has_gpu", lambda has_gpu=has_gpu: has_gpu)
-        with open_model(mix, EXACT) as model, InputSquares(model, output=output) as collector:
-            ((_, squares),) = collector.run(sequences(20))
+    for devices, output in (((), False), (("GPU0",), False), ((), True)):
+        with open_model(mix, EXACT) as model:
+            model.llama.placement = replace(model.placement, devices=devices)
+            with InputSquares(model, output=output) as collector:
+                ((_, squares),) = collector.run(sequences(20))
         found.append(squares)
     assert found[2].pop("output.weight").counts == 20
     assert_same(found[0], found[1], tolerance=0)

@@ -327,7 +327,7 @@ def test_a_pipe_is_a_prompt(tmp_path, capfd, monkeypatch, flag):
         (["--prompt", "hi", "--ctx", "0"], "--ctx is '0'"),
         (["--prompt", "hi", "--threads", "99999"], "--threads is '99999'"),
         (["--prompt", "hi", "--seed", "-1"], "seed is '-1'"),
-        (["--prompt", "hi", "--gpu-layers", "some"], "--gpu-layers is 'some'"),
+        (["--prompt", "hi", "--gpu-layers", "some"], "--gpu-layers some: expected"),
         (["--prompt", "hi", "--experts-used", "1"], "gate-less mix runs all its 2 experts"),
         (["--prompt", "x" * 300], "the context holds 256"),
     ],

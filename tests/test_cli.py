@@ -78,7 +78,7 @@ def test_the_first_help_needs_no_heavy_import(argv):
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.split()
     assert "moegguf.cli" in modules
-    assert {"numpy", "gguf", "torch", "llama_cpp", "rich", "tokenizers", "moegguf.build"}.isdisjoint(modules)
+    assert {"numpy", "gguf", "torch", "llama_cpp", "rich", "tokenizers", "moegguf.assembly"}.isdisjoint(modules)
 
 
 def test_building_imports_no_runtime_and_no_torch(family, tmp_path):

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from conftest import CLOSE, distance, logits
-from moegguf.build import build, plan_build
+from moegguf.assembly import build, plan_build
 from moegguf.gguf_header import read_header
 from moegguf.recipe import parse_recipe
 from moegguf.runtime.batch import generate_greedy

@@ -11,7 +11,7 @@ import pytest
 
 from conftest import CLOSE, build_mix, distance, logits, make_recipe, read_metadata, read_tensors, rewrite
 from moegguf import compaction, drift
-from moegguf.build import build, plan_build
+from moegguf.assembly import build, plan_build
 from moegguf.cli import main
 from moegguf.compaction import CompactOptions, choose_merges
 from moegguf.drift import measure_drift

@@ -45,7 +45,7 @@ def evaluate(tmp_path, capsys) -> Callable[..., dict]:
 
     def run(*argv: object) -> dict:
         out = tmp_path / "out.json"
-        flags = ("--json", out, "--details", "--cache", tmp_path / "cache", "--threads", 1)
+        flags = ("--save", out, "--details", "--cache", tmp_path / "cache", "--threads", 1)
         assert main(["eval", *map(str, (*argv, *flags))]) == 0, capsys.readouterr().err
         return json.loads(out.read_text())
 
@@ -230,6 +230,15 @@ def test_ctrl_c_keeps_what_is_known_and_says_how_to_go_on(demo, tmp_path):
 # --------------------------------------------------------------------------------------------- what is shown
 
 
+def test_json_alone_is_on_stdout_and_the_same_in_a_file(demo, tmp_path, capsys):
+    kept, flags = tmp_path / "kept.json", ("--cache", str(tmp_path / "cache"), "--threads", "1")
+    model, task = str(demo["base"]), "demo:math/heldout#5"
+    assert main(["eval", model, "--tasks", task, *flags, "--json", "--details", "--save", str(kept)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == json.loads(kept.read_text())
+    assert [len(each["tasks"]) for each in found["models"]] == [1]
+
+
 def test_the_table_has_a_row_a_model_a_column_a_task_and_bars(demo, tmp_path, capsys):
     tasks = ("demo:math/heldout#4", "demo:general/heldout#4")
     argv = ["eval", demo["base"], demo["math"], "--tasks", *tasks, "--cache", tmp_path / "cache", "--threads", 1]
@@ -358,7 +367,7 @@ def test_what_cannot_be_measured_is_refused_in_one_line(demo, refused, tmp_path)
     assert "there is a task math already" in refused(base, *task, "demo:math")
     assert "--limit 0: expected" in refused(base, *task, "--limit", 0)
     assert "--ctx 3: expected" in refused(base, *task, "--ctx", 3)
-    assert "--details goes into a file" in refused(base, *task, "--details")
+    assert "--details is part of the JSON" in refused(base, *task, "--details")
     assert "--chart draws --tasks" in refused(base, "--harness", "arc_easy", "--chart", tmp_path / "c.png")
 
 

@@ -172,7 +172,7 @@ def test_the_harness_finds_the_accuracies_that_tasks_find(base, task, tmp_path, 
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     out = tmp_path / "out.json"
-    argv = ["eval", base, "--tasks", task / "cloze.jsonl", "--harness", "cloze", "--harness-path", task, "--json", out]
+    argv = ["eval", base, "--tasks", task / "cloze.jsonl", "--harness", "cloze", "--harness-path", task, "--save", out]
     assert main([*map(str, argv), "--cache", str(tmp_path / "cache"), "--threads", "1"]) == 0
     (model,) = json.loads(out.read_text())["models"]
     ours, theirs = model["tasks"]["cloze"], model["harness"]["cloze"]

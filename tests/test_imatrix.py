@@ -11,7 +11,7 @@ import pytest
 from gguf import GGMLQuantizationType, GGUFWriter
 
 from conftest import build_dense, build_mix, make_recipe, read_tensors, rewrite
-from moegguf.build import plan_build
+from moegguf.assembly import plan_build
 from moegguf.cli import main
 from moegguf.errors import UserError
 from moegguf.metadata import PREFIX

@@ -91,7 +91,7 @@ def test_the_facts_of_a_gateless_mix_are_its_recipes(inspected, mix):
     )  # fmt: skip
     assert (card["std"], card["seed"], card["always_on"]) == (None, None, None)
     assert [tuple(expert.values()) for expert in card["experts"]] == [
-        ("e0", "e1", 0.5, "Q8_0"), ("e1", "e2", 0.25, "Q8_0"), ("e2", "e3", 0.25, "Q8_0"),
+        ("e0", "e1", 0.5, "Q8_0", ""), ("e1", "e2", 0.25, "Q8_0", ""), ("e2", "e3", 0.25, "Q8_0", ""),
     ]  # fmt: skip
 
 

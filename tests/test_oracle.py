@@ -21,7 +21,7 @@ from gguf import GGMLQuantizationType as Type
 from gguf import GGUFWriter
 
 from conftest import Stored, build_dense, build_mix, make_recipe, read_metadata, read_tensors
-from moegguf.build import plan_build
+from moegguf.assembly import plan_build
 from moegguf.errors import UserError
 from moegguf.quant.presets import preset, preset_names
 

@@ -7,25 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conftest import CLOSE, build_mix, distance, logits, read_metadata, read_tensors
+from conftest import build_mix, read_tensors
 from moegguf.cli import main
-from moegguf.edit import read_mix
+from moegguf.edit.change import write_copy
+from moegguf.edit.experts import plan_drop
+from moegguf.edit.finished import read_mix
 from moegguf.inspection import check
-from moegguf.prune import plan_prune, write_pruned
 from moegguf.quant.ggml import dequantise
 from moegguf.runtime import tap as taps
 from moegguf.runtime.model import RunOptions, open_model
 from moegguf.saliency import rank
 
 NOISY = {"mode": "noisy", "k": 2, "seed": 7}
-VARYING = ("general.name", "moegguf.name", "moegguf.spare")
 TOKENS = [tuple(range(3 + i, 40 + i)) for i in range(4)]
-
-
-def pruned(mix: Path, *drop: str) -> Path:
-    output = mix.with_name(f"{mix.stem}-pruned.gguf")
-    write_pruned(plan_prune(read_mix(mix), drop, output), output)
-    return output
 
 
 def named(family, names: str, **table) -> list[dict]:
@@ -40,51 +34,20 @@ def named(family, names: str, **table) -> list[dict]:
         ("llama3_like", {"quant": "Q4_K_M"}, "0"),
         ("llama3_like", {"quant": "Q8_0"}, "02"),
         ("tied", {"router": NOISY}, "2"),
-        ("tied", {"router": NOISY | {"k": 3}}, "2"),
+        ("tied", {"router": NOISY | {"k": 3}}, "1"),
         ("mistral_like", {"router": NOISY, "always_on": "e1"}, "2"),
+        ("tied", {"layout": "fused"}, "0"),
     ],
 )
-def test_pruning_is_a_build_without_that_expert_to_the_byte(kind: str, table, drop: str, family, tmp_path: Path):
+def test_naming_what_to_leave_out_is_what_drop_does(kind: str, table, drop: str, family, tmp_path: Path, capsys):
     models = family(kind)
     mix = build_mix(tmp_path / "mix.gguf", models.base, named(models, "012"), **table)
-    left = "".join(name for name in "012" if name not in drop)
-    if "router" in table:
-        table = table | {"router": table["router"] | {"k": min(table["router"]["k"], len(left))}}
-    fresh = build_mix(tmp_path / "fresh.gguf", models.base, named(models, left), **table)
-    found = pruned(mix, *(f"e{name}" for name in drop))
-    assert read_tensors(found) == read_tensors(fresh)
-    assert list(read_tensors(found)) == list(read_tensors(fresh))
-    metadata, expected = (
-        {key: value for key, value in read_metadata(path).items() if key not in VARYING} for path in (found, fresh)
-    )
-    assert metadata == expected
-    assert check(found) == []
-    assert distance(logits(found), logits(fresh)) < CLOSE
-
-
-def test_a_router_keeps_the_rows_of_the_experts_that_stay(family, tmp_path: Path):
-    """Noise without a row in the middle is no noise of that seed any more, so the file vouches for its numbers."""
-    models = family("tied")
-    mix = build_mix(tmp_path / "mix.gguf", models.base, named(models, "012"), router=NOISY)
-    found = pruned(mix, "e1")
-    for name, tensor in read_tensors(mix).items():
-        if name.endswith("ffn_gate_inp.weight"):
-            assert np.array_equal(read_tensors(found)[name].values, tensor.values[[0, 2]])
-    assert check(found) == []
-    card = read_mix(found).card
-    assert card.describe_router() == "trained: 2 of 2 experts, noise std 0.02, seed 7, without the rows of e1"
-    assert pruned(found, "e0").is_file()
-    assert read_mix(found.with_name("mix-pruned-pruned.gguf")).card.k == 1
-
-
-def test_the_router_of_a_pruned_mix_can_be_set_and_set_back(family, tmp_path: Path):
-    models = family("tied")
-    found = pruned(build_mix(tmp_path / "mix.gguf", models.base, named(models, "012"), router=NOISY), "e1")
-    before = found.read_bytes()
-    assert main(["route", "set", str(found), "--router", "noisy:3"]) == 0
-    assert check(found) == []
-    assert main(["route", "set", str(found), "--undo"]) == 0
-    assert found.read_bytes() == before
+    names, output = [f"e{name}" for name in drop], tmp_path / "out.gguf"
+    assert main(["prune", str(mix), *(f"--drop={name}" for name in names), "-o", str(output)]) == 0
+    assert f"without {', '.join(names)} in" in capsys.readouterr().out
+    write_copy(plan_drop(read_mix(mix), names), tmp_path / "expected.gguf")
+    assert output.read_bytes() == (tmp_path / "expected.gguf").read_bytes()
+    assert check(output) == []
 
 
 @pytest.mark.parametrize("table", [{}, {"router": NOISY}, {"router": NOISY, "always_on": "e1"}])
@@ -158,31 +121,18 @@ def test_a_mistake_is_one_line_and_nothing_is_written(flags, says: str, gateless
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("table", "weights", "drop", "says"),
-    [
-        ({}, (0.5, 0.3, 0.2), "e0", "its experts have weights, which are folded into them"),
-        ({"layout": "shared"}, (None,) * 3, "e0", "layout shared has folded the number of experts into its weights"),
-        ({"layout": "fused"}, (None,) * 3, "e0", "has no router in it: layout fused"),
-        ({"router": NOISY, "always_on": "e0"}, (None,) * 3, "e0", "e0 is always on, so it cannot be dropped"),
-        ({"router": NOISY | {"k": 3}, "always_on": "e0"}, (None,) * 3, "e1", "k is 3 by its weights, 2 experts would"),
-    ],
-)
-def test_what_is_folded_into_the_weights_is_refused(
-    table, weights, drop: str, says: str, family, tmp_path: Path, capsys
-):
+@pytest.mark.parametrize("layout", ["fused", "shared"])
+def test_experts_that_the_graph_does_not_tell_apart_are_not_ranked(layout: str, family, tmp_path: Path, capsys):
     models = family("tied")
-    experts = [expert | ({"weight": weight} if weight else {})
-               for expert, weight in zip(named(models, "012"), weights, strict=True)]  # fmt: skip
-    mix = build_mix(tmp_path / "mix.gguf", models.base, experts, **table)
-    assert main(["prune", str(mix), "--drop", drop, "-o", str(tmp_path / "out.gguf")]) == 2
-    assert says in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["mix.gguf"]
+    mix = build_mix(tmp_path / "mix.gguf", models.base, named(models, "012"), layout=layout)
+    flags = ["--keep", "2", "--text", "demo:math", "-o", str(tmp_path / "out.gguf")]
+    assert main(["prune", str(mix), *flags]) == 2
+    assert f"layout {layout} does not tell its experts apart" in capsys.readouterr().err
 
 
 def test_the_mix_itself_and_other_files_are_not_overwritten(gateless: Path, tmp_path: Path, capsys):
     assert main(["prune", str(gateless), "--drop", "e0", "--force", "-o", str(gateless)]) == 2
-    assert "is the mix itself" in capsys.readouterr().err
+    assert "is the file itself" in capsys.readouterr().err
     other = tmp_path / "other.gguf"
     other.write_bytes(b"something")
     assert main(["prune", str(gateless), "--drop", "e0", "-o", str(other)]) == 2

@@ -15,7 +15,8 @@ from gguf import GGMLQuantizationType
 
 from conftest import CLOSE, TOKENS, build_mix, distance, logits, read_metadata, read_tensors, rewrite
 from moegguf.cli import main
-from moegguf.edit import read_mix, router_of
+from moegguf.edit.finished import read_mix
+from moegguf.edit.router import router_of
 from moegguf.errors import UserError
 from moegguf.journal import Patch, apply, journal_of, locked
 from moegguf.metadata import SPARE
@@ -188,13 +189,13 @@ def test_a_killed_change_leaves_the_old_file_or_can_be_recovered(mix: Path, monk
     for kill_at in range(5):
         script = f"""
 import os, moegguf.journal as journal
-write, count = journal._write, 0
+write = journal.write
 def dying(file, patches):
     for i, patch in enumerate(patches):
         if i == {kill_at}:
             file.flush(); os._exit(9)
         write(file, [patch])
-journal._write = dying
+journal.write = dying
 from moegguf.cli import main
 main(["route", "set", {str(mix)!r}, "--router", "gateless"])
 """
@@ -204,7 +205,7 @@ main(["route", "set", {str(mix)!r}, "--router", "gateless"])
         assert journal_of(mix).exists()
         assert main(["inspect", str(mix)]) == 2
         assert "was interrupted" in capsys.readouterr().err
-        assert main(["route", "set", str(mix), "--recover"]) == 0
+        assert main(["set", str(mix), "--recover"]) == 0
         assert mix.read_bytes() == before
         assert not journal_of(mix).exists()
     assert kill_at == N_LAYER + 1

@@ -201,7 +201,7 @@ def run_map(*argv: object) -> int:
 
 def mapped(tmp_path: Path, *argv: object) -> dict:
     """What the command writes as JSON."""
-    assert run_map(*argv, "--json", tmp_path / "map.json") == 0
+    assert run_map(*argv, "--save", tmp_path / "map.json") == 0
     return json.loads((tmp_path / "map.json").read_text())
 
 
@@ -333,7 +333,7 @@ def test_a_pipe_gets_plain_numbers_and_json_alone_when_asked(noisy, text, capsys
     assert "\x1b" not in out
     rows = re.findall(r"^\d +(\d+) +(\d+) +(\d+) $", out, re.M)
     assert [abs(sum(map(int, row)) - total) <= 1 for row, total in zip(rows, [100] * 3 + [200] * 3, strict=True)]
-    assert run_map(noisy, "--text", f"d={text}", "--json", "-") == 0
+    assert run_map(noisy, "--text", f"d={text}", "--json") == 0
     assert json.loads(capsys.readouterr().out)["file"] == "noisy.gguf"
 
 
@@ -410,7 +410,7 @@ def test_a_dense_model_has_no_routers(family, tmp_path, text, capsys):
         (["--text", "d=text.txt", "--cache", "1", "4"], "--cache 4: expected a whole number from 1 to 3"),
         (["--text", "d=text.txt", "--max-tokens", "0"], "--max-tokens"),
         (["--text", "d=text.txt", "-o", "map.gif"], "map.gif: not a name for a figure"),
-        (["--text", "d=text.txt", "--json", "no/such/map.json"], "map.json: cannot be written"),
+        (["--text", "d=text.txt", "--save", "no/such/map.json"], "map.json: cannot be written"),
     ],
 )
 def test_mistakes_are_told_in_one_line(noisy, text, tmp_path, monkeypatch, capsys, flags, says):

@@ -213,24 +213,6 @@ def test_a_memory_limit_counts_and_the_page_cache_does_not(tmp_path, monkeypatch
     assert machine.memory() == machine.Memory(total=1_000_000, available=900_000)
 
 
-def test_stores_are_counted_where_their_owners_keep_them(tmp_path, monkeypatch):
-    for name in ("models--org--a", "models--org--b", "datasets--org--c"):
-        (tmp_path / "hub" / name).mkdir(parents=True)
-    manifest = tmp_path / "ollama/manifests/registry.ollama.ai/library/llama3/latest"
-    manifest.parent.mkdir(parents=True)
-    manifest.write_text("{}")
-    model = tmp_path / "home/.lmstudio/models/org/name/model.gguf"
-    model.parent.mkdir(parents=True)
-    model.touch()
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path / "ollama"))
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    found = {store.name: store.models for store in machine.stores()}
-    assert {name: found[name] for name in ("Hugging Face cache", "Ollama", "LM Studio")} == {
-        "Hugging Face cache": 2, "Ollama": 1, "LM Studio": 1,
-    }  # fmt: skip
-
-
 def test_doctor_reports_in_words_and_in_json(capsys):
     assert main(["doctor"]) == 0
     assert "llama.cpp  ggml" in capsys.readouterr().out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import signal
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -177,8 +178,8 @@ def test_ending_the_graph_early_changes_nothing_and_saves_the_rest(mix: Path, mo
     texts = sequences(20, 30)
     values, n_asked = [], []
     with open_model(mix, EXACT) as model:
-        for has_gpu in (False, True):
-            monkeypatch.setattr(watch, "has_gpu", lambda has_gpu=has_gpu: has_gpu)
+        for devices in ((), ("GPU0",)):
+            model.llama.placement = replace(model.placement, devices=devices)
             with Tap(model, [tap.ROUTER_INPUT, tap.MOE_TOPK], [0]) as reader:
                 asked, own = [], reader._watch
                 wants = own._wants

@@ -20,7 +20,7 @@ from gguf import GGMLQuantizationType
 
 import tiny_models
 from conftest import CLOSE, KINDS, TOKENS, Family, build_dense, build_mix, distance, logits, make_recipe, rewrite
-from moegguf.build import open_mix
+from moegguf.assembly import open_mix
 from moegguf.cli import main
 from moegguf.demo import MEMBERS
 from moegguf.demo.text import SAMPLE_QUESTIONS
@@ -636,7 +636,7 @@ def test_eval_measures_a_recipe_as_it_measures_its_gguf(tmp_path: Path, capsys):
     argv = ["--tasks", "demo:math/heldout#8", str(tmp_path / "text.jsonl"), "--cache", str(tmp_path), "--threads", "1"]
     figures = []
     for model in ([str(built)], ["demo", "--engine", "torch"]):
-        assert main(["eval", *model, *argv, "--json", str(tmp_path / "found.json")]) == 0
+        assert main(["eval", *model, *argv, "--save", str(tmp_path / "found.json")]) == 0
         found = json.loads((tmp_path / "found.json").read_text())["models"][0]["tasks"]
         figures.append([task["value"] for task in found.values()])
     assert figures[0] == pytest.approx(figures[1], rel=1e-2)  # the file's key-value cache is F16
@@ -649,7 +649,7 @@ def test_eval_measures_a_recipe_as_it_measures_its_gguf(tmp_path: Path, capsys):
         (["chat", "nothing", "--prompt", "hi"], "has no recipe 'nothing', only routed, unfitted"),
         (["chat", "routed", "--prompt", "hi", "--mlock"], "takes only --ctx and --threads of the machine flags"),
         (["eval", "unfitted", "--tasks", "demo:math#2"], "ridge router has not been fitted yet"),
-        (["eval", "routed", "--harness", "arc_easy"], "--harness and --gpu-layers are for GGUF files only"),
+        (["eval", "routed", "--harness", "arc_easy"], "--harness and device flags are for GGUF files only"),
     ],
 )
 def test_mistakes_with_the_torch_engine_are_one_line(argv: list[str], said: str, recipes: Path, capsys):

@@ -15,7 +15,7 @@ import pytest
 import tiny_models
 from conftest import Family, build_dense, build_mix, make_recipe, read_tensors
 from moegguf import writer
-from moegguf.build import build, plan_build
+from moegguf.assembly import build, plan_build
 from moegguf.errors import UserError
 from moegguf.gguf_header import read_header
 

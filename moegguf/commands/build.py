@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from gguf import GGMLQuantizationType
@@ -17,38 +17,38 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
+    TaskID,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
 from rich.table import Column, Table
 
-from moegguf.allocation import Allocation, allocate, expert_errors, n_surveyed, precisions, survey
-from moegguf.build import Built, Plan, build, plan_build, quant_of, usable_cores
+from moegguf.allocation import Allocation, expert_errors, precisions
+from moegguf.assembly import Built, Plan, build, quant_of
 from moegguf.commands.options import from_here
 from moegguf.drift import measure_drift
 from moegguf.errors import UserError, one_line
-from moegguf.estimate import DEFAULT_CONTEXT, Fit, largest_file, memory_to_run
+from moegguf.estimate import DEFAULT_CONTEXT, Fit, memory_to_run
 from moegguf.families import PER_LAYER_WIDTHS, TensorName
-from moegguf.mix import ATTENTION_ROLES, FFN_ROLES, Expert
+from moegguf.mix import unused_targets
+from moegguf.preparation import BuildOptions, prepare
 from moegguf.quant.imatrix import importance_notes
 from moegguf.quant.influence import group
-from moegguf.quant.neurons import Compaction
 from moegguf.quant.sensitivity import Sensitivity
 from moegguf.quant.type_plan import write_type_plan
 from moegguf.recipe import (
     TRUNK_OF_BASE,
     TRUNK_OF_MEAN,
-    Budget,
     Layout,
     Mixed,
     Recipe,
     Rounding,
+    Splitting,
     find_recipes_file,
     load_recipe,
     parse_recipe,
 )
-from moegguf.routers import Router
 from moegguf.sizes import parse_size
 from moegguf.sizes import show_size as _size
 from moegguf.tensor import Planned
@@ -64,11 +64,9 @@ examples:
   moegguf build demo --compact 1.5x                    merged until it is 1.5 times one model; says what that costs
   moegguf build mymix --dry-run                        sizes and memory; reads no weights
 
-sources: a Hugging Face folder, a .gguf file, hf:org/name[@revision], lora:ADAPTER[::SOURCE], demo:NAME
+sources: a Hugging Face folder, a .gguf file, hf:org/name[@revision], lora:ADAPTER[::SOURCE], demo:NAME,
+ollama:NAME[:TAG], lmstudio:PUBLISHER/MODEL[/FILE]
 """
-
-STREAMING_THREADS = 16
-"""Reads of a streamed model wait for the network, not for a core."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -120,7 +118,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     mix.add_argument(
         "--layout",
         choices=[*map(str, Layout), "auto"],
-        help="how it is stored (default: mixtral, or shared for two precisions); auto: the fastest that is exact",
+        help="how it is stored (default: mixtral, or shared for two precisions); auto: the fastest that is exact, and "
+        "with a budget see --split",
     )
     output = parser.add_argument_group("the file")
     output.add_argument(
@@ -140,6 +139,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fit", metavar="RAM=SIZE[,VRAM=SIZE]", help="likewise, so that file, KV cache and buffers fit into memory"
     )
     output.add_argument("--ctx", type=int, metavar="N", help="--fit: context in tokens (default: 4096)")
+    output.add_argument(
+        "--split",
+        choices=[*map(str, Splitting)],
+        help="gateless, with a budget and an imatrix: some neurons, or experts, of each layer have finer types than "
+        "the others (default: with --layout auto, neurons where that is predicted to lose less; else none)",
+    )
     output.add_argument("--plan", metavar="FILE", help="types that --save-plan wrote, perhaps edited")
     output.add_argument("--save-plan", type=Path, metavar="FILE", help="write the types that were chosen for a budget")
     output.add_argument(
@@ -176,35 +181,46 @@ def run(args: argparse.Namespace) -> int:
     if args.threads is not None and not 1 <= args.threads <= MAX_THREADS:
         raise UserError(f"--threads {args.threads}: expected 1 to {MAX_THREADS}", "leave it out to use all cores")
     recipe = _recipe(args)
-    stream = args.stream or args.dry_run  # a dry run downloads no weights
-    threads = args.threads or max(usable_cores(), STREAMING_THREADS if args.stream else 1)
+    options = _options(args)
     console = Console(markup=False)
-    plan = plan_build(recipe, stream=stream, pre=args.pre, overwrite=args.force)
-    if recipe.router.is_unfitted and not args.dry_run:  # everything else that can be wrong is known by now
-        router = _fitted(console, recipe, args)
-        plan = plan_build(recipe, router=router, stream=stream, pre=args.pre, overwrite=args.force)
-    if recipe.compact and not args.dry_run:
-        compaction = _merges(console, recipe, args)
-        plan = plan_build(recipe, compaction=compaction, stream=stream, pre=args.pre, overwrite=args.force)
-    allocation = _allocated(console, plan, args, threads) if recipe.quant.budget else None
-    plan = allocation.plan if allocation else plan
+    prepared = prepare(recipe, options, _watch)
+    plan, allocation = prepared.plan, prepared.allocation
+    for note in prepared.notes:
+        console.print(one_line(note), highlight=False)
+    if allocation:
+        console.print(_allocation_table(allocation))
     console.print(_plan_table(plan))
+    is_at_hand = not (options.stream or options.is_dry)
     if allocation or recipe.quant.types or len({expert.quant for expert in recipe.experts}) > 1:
-        _print_precisions(console, plan, expert_errors(plan, threads=threads) if allocation or not stream else {})
+        errors = expert_errors(plan, threads=options.n_threads) if allocation or is_at_hand else {}
+        _print_precisions(console, plan, errors)
     _print_notes(console, plan)
-    if not stream:
+    if is_at_hand:
         _print_drift(console, plan)
     if allocation and args.save_plan:
-        write_type_plan(args.save_plan, recipe.name, recipe.quant.label, allocation.loss, plan.planned)
+        quant, split = recipe.quant.label, plan.mix.split
+        write_type_plan(args.save_plan, recipe.name, quant, allocation.loss, plan.planned, split)
         console.print(f"saved the types to {args.save_plan}; use them again with --plan", highlight=False)
-    if args.dry_run:
+    if options.is_dry:
         if recipe.compact:
             console.print("note: these are the sizes of the whole mix; what is merged is chosen by a build")
         console.print("dry run: nothing was written")
         return 0
-    built = _build_with_progress(plan, threads)
+    built = _build_with_progress(plan, options.n_threads)
     _print_built(console, built)
     return 0
+
+
+def _options(args: argparse.Namespace) -> BuildOptions:
+    return BuildOptions(
+        threads=args.threads,
+        stream=args.stream,
+        pre=args.pre,
+        overwrite=args.force,
+        fit=_fit(args) if args.fit else None,
+        probe=args.probe,
+        is_dry=args.dry_run,
+    )
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:
@@ -217,72 +233,27 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     return parse_recipe(name, overrides, where="command line:", folder=Path())
 
 
-def _fitted(console: Console, recipe: Recipe, args: argparse.Namespace) -> Router:
-    """The router of a recipe that says how to fit it, fitted on the base alone before there is a mix."""
-    from moegguf.fitting import FitOptions, FitPlan, fit_from_recipe
+class _Step:
+    """A step of `prepare` as a task of a progress bar."""
 
-    options = FitOptions(threads=args.threads, pre=args.pre, stream=args.stream)
-    with _bar("fitting the router", MofNCompleteColumn(), TextColumn("tokens")) as bar:
-        task = bar.add_task("", total=None)
+    def __init__(self, bar: Progress, task: TaskID) -> None:
+        self._bar, self._task = bar, task
 
-        def on_plan(plan: FitPlan) -> None:
-            bar.update(task, total=plan.n_tokens)
+    def has(self, n_parts: int) -> None:
+        self._bar.update(self._task, total=n_parts)
 
-        fitted = fit_from_recipe(recipe, options, on_plan=on_plan, progress=lambda n: bar.advance(task, n))
-    for warning in fitted.warnings:
-        console.print(f"warning: {one_line(warning)}", highlight=False)
-    return fitted.router
+    def did(self, n_parts: int) -> None:
+        self._bar.advance(self._task, n_parts)
 
-
-def _merges(console: Console, recipe: Recipe, args: argparse.Namespace) -> Compaction:
-    """What a compact mix merges, chosen on its texts."""
-    from moegguf.compaction import CompactOptions, choose_merges
-
-    options = CompactOptions(threads=args.threads, pre=args.pre, stream=args.stream)
-    with _bar("compacting", TextColumn("{task.description}")) as bar:
-        task = bar.add_task("", total=None)
-        chosen = choose_merges(recipe, options, hear=lambda what: bar.update(task, description=what))
-    if (cost := chosen.divergence) is not None:
-        error = "" if cost.kld.error is None else f" ± {cost.kld.error:.1g}"
-        console.print(
-            f"merged: KLD {cost.kld.value:.2g}{error} nats from the whole mix, which finds the same token likeliest "
-            f"{cost.top1.value:.1%} of the time ({cost.n_tokens} held-out tokens)",
-            highlight=False,
-        )
-    return chosen.compaction
+    def says(self, what: str) -> None:
+        self._bar.update(self._task, description=what)
 
 
-def _allocated(console: Console, plan: Plan, args: argparse.Namespace, threads: int) -> Allocation:
-    """`plan` with the types that its budget allows."""
-    from moegguf import probing
-
-    limit = _limit_of_memory(console, plan, args) if args.fit else plan.recipe.quant.budget
-    with _bar("measuring errors", MofNCompleteColumn(), TextColumn("tensors")) as bar:
-        task = bar.add_task("", total=n_surveyed(plan))
-        found = survey(plan, threads=threads, progress=lambda n: bar.advance(task, n))
-    allocate(found, limit)  # says now if it cannot be
-    if args.probe or (args.probe is None and probing.is_cheap(found)):
-        with _bar("probing the mix", MofNCompleteColumn(), TextColumn("probes")) as bar:
-            task = bar.add_task("", total=probing.n_probes(found))
-            found = probing.corrected(found, threads=threads, progress=lambda n: bar.advance(task, n))
-    allocation = allocate(found, limit)
-    console.print(_allocation_table(allocation))
-    return allocation
-
-
-def _limit_of_memory(console: Console, plan: Plan, args: argparse.Namespace) -> Budget:
-    """What --fit leaves for the file."""
-    from moegguf.runtime.footprint import compute_bytes
-
-    fit = _fit(args)
-    memory = memory_to_run(plan, fit.n_ctx)
-    compute = compute_bytes(plan.header, plan.n_bytes, memory.n_ctx, plan.path.parent)
-    n_bytes = largest_file(plan, fit, compute)
-    needs = f"{_size(memory.kv_cache)} for the KV cache of {memory.n_ctx} tokens and {_size(compute)} of buffers"
-    if n_bytes <= 0:
-        raise UserError(f"--fit {args.fit}: leaves nothing for the file, after {needs}", "take a smaller --ctx")
-    console.print(f"{args.fit}: {needs} leave {_size(n_bytes)} for the file", highlight=False)
-    return replace(plan.recipe.quant.budget, n_bytes=n_bytes)
+@contextmanager
+def _watch(what: str, unit: str) -> Iterator[_Step]:
+    counted = (MofNCompleteColumn(), TextColumn(unit)) if unit else (TextColumn("{task.description}"),)
+    with _bar(what, *counted) as bar:
+        yield _Step(bar, bar.add_task("", total=None))
 
 
 def _allocation_table(allocation: Allocation) -> Table:
@@ -297,7 +268,7 @@ def _allocation_table(allocation: Allocation) -> Table:
     groups: dict[str, list[Planned]] = {}
     for tensor in allocation.plan.planned:
         if tensor.name in allocation.losses:
-            groups.setdefault(group(tensor.name), []).append(tensor)
+            groups.setdefault(_kind(tensor.name, allocation.plan), []).append(tensor)
     for name, tensors in groups.items():
         n_bytes = sum(tensor.nbytes for tensor in tensors)
         share = sum(allocation.losses[tensor.name] for tensor in tensors) / (allocation.loss or 1)
@@ -305,6 +276,13 @@ def _allocation_table(allocation: Allocation) -> Table:
         bits = 8 * n_bytes / sum(tensor.slot.n_weights for tensor in tensors)
         table.add_row(name, _types(types), f"{bits:.2f}", _size(n_bytes), f"{share:.1%}")
     return table
+
+
+def _kind(name: str, plan: Plan) -> str:
+    """A projection; of a mix whose neurons are split, with the group."""
+    role = group(name)
+    in_group = {f"{role}_shexp": ", fine", f"{role}_exps": ", others"} if plan.mix.split else {}
+    return role + in_group.get(TensorName.parse(name).role, "")
 
 
 def _types(types: Mapping[GGMLQuantizationType, int]) -> str:
@@ -395,7 +373,7 @@ def _quant(args: argparse.Namespace) -> dict | str | None:
     if args.save_plan and not args.save_plan.parent.is_dir():
         raise UserError(f"{args.save_plan.parent}: no such folder to write a plan to", "create it")
     targets = {"preset": args.quant, "budget": budget, "bpw": args.bpw, "plan": from_here(args.plan)}
-    quant = {key: value for key, value in targets.items() if value is not None}
+    quant = {key: value for key, value in {**targets, "split": args.split}.items() if value is not None}
     return (quant | roles | ({"tensors": tensors} if tensors else {})) or None
 
 
@@ -452,6 +430,8 @@ def _plan_table(plan: Plan) -> Table:
         table.add_row("trunk", "the mean of all experts" if recipe.trunk == TRUNK_OF_MEAN else recipe.trunk)
     if plan.card.compact:
         table.add_row("compacted", plan.card.describe_compact())
+    if plan.card.split:
+        table.add_row("split", plan.card.describe_split())
     table.add_row("layout", f"{recipe.layout} (architecture {plan.form.arch})")
     table.add_row("quant", f"{recipe.quant.label}, {plan.bits_per_weight:.2f} bits per weight")
     table.add_row("size", f"{_size(plan.n_bytes)}, {plan.n_weights / 1e6:.1f} M weights, {len(plan.planned)} tensors")
@@ -470,7 +450,7 @@ def _print_notes(console: Console, plan: Plan) -> None:
             highlight=False,
         )
     for expert in plan.mix.experts:
-        if unused := _unused_targets(plan, expert):
+        if unused := unused_targets(expert, plan.recipe.mixed, plan.recipe.trunk):
             console.print(
                 f"note: the adapter of {expert.name} also changes {', '.join(unused)}, which this mix takes from its "
                 "trunk; a gate-less mix with --mix ffn+attention averages the attention of all experts",
@@ -484,7 +464,7 @@ def _print_notes(console: Console, plan: Plan) -> None:
             "which costs quality; sources in bf16 or f16 avoid that",
             highlight=False,
         )
-    for note in importance_notes(plan.planned):
+    for note in (*plan.mix.base.notes, *importance_notes(plan.planned)):
         console.print(f"note: {one_line(note)}", highlight=False)
 
 
@@ -506,19 +486,9 @@ def _print_drift(console: Console, plan: Plan) -> None:
     )
 
 
-def _unused_targets(plan: Plan, expert: Expert) -> list[str]:
-    """What an adapter changes and the mix does not take from it, as roles such as attn_q."""
-    lora = expert.source.lora
-    mixed = {*FFN_ROLES, *(ATTENTION_ROLES if plan.recipe.mixed.attention else ())}
-    if lora is None or plan.recipe.trunk in (TRUNK_OF_MEAN, expert.name):
-        return []
-    return sorted({TensorName.parse(name).role for name in lora.deltas} - mixed)
-
-
 def _build_with_progress(plan: Plan, threads: int) -> Built:
-    total = sum(tensor.nbytes for tensor in plan.planned)
     with _bar("writing", DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()) as bar:
-        task = bar.add_task("", total=total)
+        task = bar.add_task("", total=plan.n_bytes_to_do)
         return build(plan, threads=threads, progress=lambda n_bytes: bar.advance(task, n_bytes))
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from moegguf.commands.options import check_range, from_here, gpu_layers, named_refs
+from moegguf.commands.options import add_device_arguments, check_range, device_options, from_here, named_refs
 from moegguf.errors import UserError, one_line
 from moegguf.gguf_header import read_header
 from moegguf.quant.imatrix import Calibration, write_calibration
@@ -75,8 +75,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     machine = parser.add_argument_group("machine")
     machine.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: physical cores)")
-    machine.add_argument("--gpu-layers", metavar="N", default="0", help="layers to put on the GPU, or all (default: 0)")
     machine.add_argument("--pre", metavar="NAME", help="of sources: llama.cpp's name of the BPE pre-tokenizer")
+    add_device_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -111,7 +111,7 @@ _Texts = Mapping[str, _Text]
 
 def _options(args: argparse.Namespace) -> CalibrationOptions:
     from moegguf.calibration import MAX_TOKENS, CalibrationOptions
-    from moegguf.runtime.model import MAX_THREADS
+    from moegguf.runtime.run_options import MAX_THREADS
 
     check_range("--max-tokens", args.max_tokens, 1)
     check_range("--threads", args.threads, 1, MAX_THREADS)
@@ -121,7 +121,7 @@ def _options(args: argparse.Namespace) -> CalibrationOptions:
         fresh=args.fresh,
         output=args.process_output,
         threads=args.threads,
-        gpu_layers=gpu_layers(args.gpu_layers),
+        offload=device_options(args),
     )
 
 

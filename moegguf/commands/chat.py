@@ -15,10 +15,11 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moegguf.commands.options import add_device_arguments, add_memory_arguments, run_options
 from moegguf.errors import UserError
 from moegguf.runtime.sampling import DEFAULTS, SETTINGS, suggested_by_file
 
@@ -33,6 +34,7 @@ examples:
   moegguf chat mix.gguf --prompt "What is 6 times 7?"      one answer on stdout
   git diff | moegguf chat mix.gguf --system "Review this." a prompt from a pipe
   moegguf chat mix.gguf --temp 0                           the likeliest words, the same each time
+  moegguf chat mix.gguf --rpc 127.0.0.1:50052              with the devices that `moegguf worker` lends there
   moegguf chat mymix --engine torch --recipes my.toml      a recipe that no GGUF holds, in PyTorch
 """
 
@@ -69,20 +71,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     machine.add_argument("--threads", metavar="N", help="CPU threads (default: physical cores; more is rarely faster)")
     machine.add_argument(
-        "--gpu-layers",
-        metavar="N",
-        default="0",
-        help="layers to put on the GPU, or all; `moegguf doctor` lists GPUs (default: 0)",
-    )
-    machine.add_argument(
         "--experts-used", metavar="K", help="experts per token, in place of the file's number; gate-less takes all"
     )
     machine.add_argument(
         "--adapter", metavar="FILE", type=Path, help="run with this LoRA GGUF, say a router from `moegguf route export`"
     )
-    machine.add_argument("--no-mmap", action="store_true", help="read the file into memory first instead of mapping it")
-    machine.add_argument("--mlock", action="store_true", help="keep the weights from being swapped out")
     machine.add_argument("-v", "--verbose", action="store_true", help="show llama.cpp's log on stderr")
+    add_device_arguments(parser)
+    add_memory_arguments(parser)
 
     sampling = parser.add_argument_group(
         "sampling", "Defaults come from the file's general.sampling.* keys where it has them."
@@ -169,17 +165,14 @@ def _prompt(flag: str | None) -> str | None:
 
 
 def _run_options(args: argparse.Namespace) -> RunOptions:
-    from moegguf.runtime.model import ALL_LAYERS, MAX_THREADS, MIN_CTX, RunOptions
+    from moegguf.runtime.run_options import MAX_THREADS, MIN_CTX
 
-    gpu_layers = ALL_LAYERS if args.gpu_layers == "all" else _whole("--gpu-layers", args.gpu_layers, 0)
-    return RunOptions(
+    return replace(
+        run_options(args),
         ctx=_whole("--ctx", args.ctx, MIN_CTX),
         threads=_whole("--threads", args.threads, 1, MAX_THREADS),
-        gpu_layers=gpu_layers or 0,
         experts_used=_whole("--experts-used", args.experts_used, 1),
         adapter=args.adapter,
-        mmap=not args.no_mmap,
-        mlock=args.mlock,
         verbose=args.verbose,
     )
 
@@ -187,7 +180,7 @@ def _run_options(args: argparse.Namespace) -> RunOptions:
 def _warn_without_gpu(options: RunOptions) -> None:
     from moegguf.runtime.machine import has_gpu
 
-    if options.gpu_layers and not has_gpu():
+    if options.offload.layers and not (options.offload.workers or has_gpu()):
         print("--gpu-layers has no effect: llama.cpp sees no GPU here; `moegguf doctor` says more", file=sys.stderr)
 
 
@@ -398,6 +391,10 @@ def _path(argument: str) -> Path:
 
 
 def _what_it_is(model: Model) -> list[str]:
+    return [*_who_it_is(model), *([model.placement.in_words()] if model.placement.n_gpu_layers else [])]
+
+
+def _who_it_is(model: Model) -> list[str]:
     arch = model.header.get("general.architecture")
     if model.card is None:
         return [f"not a mix: running it as a plain model ({arch}, {model.header.get('general.name', 'unnamed')})"]

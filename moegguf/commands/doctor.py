@@ -38,13 +38,10 @@ def _report(machine) -> list[str]:
         f"system     {machine.system}, Python {machine.python}",
         f"cpu        {cores.name}: {cores.usable} physical cores usable, {cores.logical} logical",
         f"disk       {_gb(machine.disk_free)} free here",
+        f"memory     {_gb(memory.available)} available of {_gb(memory.total)}",
+        f"room for   a GGUF of {_gb(memory.largest_file)}, {memory.largest_model / 1e9:.1f} B weights at Q4_K_M",
+        "packages   " + ", ".join(f"{name} {version or '-'}" for name, version in machine.packages.items()),
     ]
-    if memory:
-        lines += [
-            f"memory     {_gb(memory.available)} available of {_gb(memory.total)}",
-            f"room for   a GGUF of {_gb(memory.largest_file)}, {memory.largest_model / 1e9:.1f} B weights at Q4_K_M",
-        ]
-    lines.append("packages   " + ", ".join(f"{name} {version or '-'}" for name, version in machine.packages.items()))
     if runtime:
         extras = [name for name, has in (("mmap", runtime.mmap), ("mlock", runtime.mlock), ("rpc", runtime.rpc)) if has]
         lines += [

@@ -7,7 +7,6 @@ asked for again costs nothing. Standard benchmarks run through lm-evaluation-har
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,8 +22,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 
 from moegguf import __version__
-from moegguf.atomic import atomic_file
-from moegguf.commands.options import check_range, gpu_layers
+from moegguf.commands.options import (
+    add_device_arguments,
+    add_json_arguments,
+    check_range,
+    device_options,
+    report_json,
+)
 from moegguf.errors import UserError, one_line
 from moegguf.gguf_header import file_identity, read_header
 from moegguf.measure.harness import HarnessRun, check_harness, run_harness
@@ -36,7 +40,9 @@ from moegguf.recipe import Recipe, find_recipes_file, load_recipe
 from moegguf.runtime.batch import Scored, generate_greedy, score
 from moegguf.runtime.completions import CompletionServer
 from moegguf.runtime.encode import Encoded, encode
-from moegguf.runtime.model import MAX_THREADS, MIN_CTX, Model, RunOptions, open_model
+from moegguf.runtime.model import Model, open_model
+from moegguf.runtime.offload import WHAT_FITS
+from moegguf.runtime.run_options import MAX_THREADS, MIN_CTX, RunOptions
 from moegguf.runtime.template import chat_template, end_of_turn
 from moegguf.texts import Chat, Completion, Record, read_domains
 from moegguf.torch_engine import identity, open_checked, open_engine
@@ -49,7 +55,7 @@ EXAMPLES = """\
 examples:
   moegguf eval mix.gguf base.gguf --tasks math.jsonl law.jsonl --chart scores.png
   moegguf eval mix.gguf --tasks demo:math/heldout demo:clinic/heldout#100
-  moegguf eval mix.gguf --domains my-mix --json scores.json
+  moegguf eval mix.gguf --domains my-mix --save scores.json
   moegguf eval my-mix other-mix --engine torch --tasks math.jsonl
   moegguf eval mix.gguf --harness arc_easy,gsm8k --limit 200
 
@@ -77,8 +83,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--harness-path", type=Path, metavar="DIR", help="folder of harness tasks of your own (YAML)")
     what.add_argument("--limit", type=int, metavar="N", help="only the first N items of each task")
     out = parser.add_argument_group("results")
-    out.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
-    out.add_argument("--details", action="store_true", help="with --json: what each model did on each item")
+    add_json_arguments(out)
+    out.add_argument("--details", action="store_true", help="with --json or --save: what each model did on each item")
     out.add_argument("--chart", type=Path, metavar="FILE", help="draw them as bars (.png, .svg, .pdf)")
     how = parser.add_argument_group("how")
     how.add_argument(
@@ -90,11 +96,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--max-tokens", type=int, metavar="N", help="length of an answer (default: as the tasks need)")
     how.add_argument("--ctx", type=int, metavar="N", help="context in tokens (default: the model's, at most 4096)")
     how.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: physical cores)")
-    how.add_argument("--gpu-layers", default="0", metavar="N", help="layers to put on the GPU, or all (default: 0)")
     how.add_argument(
         "--cache", type=Path, metavar="DIR", help="where outcomes are kept (default: ~/.cache/moegguf/eval)"
     )
     how.add_argument("--fresh", action="store_true", help="ask everything again, whatever is kept")
+    add_device_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -102,10 +108,10 @@ def run(args: argparse.Namespace) -> int:
     options = _run_options(args)
     if not (args.tasks or args.domains or args.harness):
         raise UserError("nothing to measure", "give --tasks FILE, --domains RECIPE or --harness TASKS")
-    if args.engine == "torch" and (args.harness or options.gpu_layers):
-        raise UserError("--harness and --gpu-layers are for GGUF files only", "leave --engine out")
-    if args.details and not args.json:
-        raise UserError("--details goes into a file", "name it with --json FILE")
+    if args.engine == "torch" and (args.harness or options.offload != WHAT_FITS):
+        raise UserError("--harness and device flags are for GGUF files only", "leave --engine out")
+    if args.details and not (args.json or args.save):
+        raise UserError("--details is part of the JSON", "pass --json, or --save FILE")
     if args.chart and not (args.tasks or args.domains):
         raise UserError("--chart draws --tasks and --domains, not benchmarks", "leave it out, or give it tasks")
     if args.harness:
@@ -114,7 +120,8 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"--harness-path {args.harness_path}: is no folder", "name the one that holds your tasks")
     tasks = limited(_tasks(args), args.limit)
     reports = _reports(args)
-    console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 10_000)
+    width = None if sys.stdout.isatty() else 10_000
+    console = Console(markup=False, highlight=False, width=width, quiet=args.json)
     if tasks:
         _measure(args, options, tasks, reports)
         _print(console, tasks, reports)
@@ -125,11 +132,9 @@ def run(args: argparse.Namespace) -> int:
     if args.chart and tasks:
         for path in _draw(args.chart, tasks, reports):
             console.print(f"drew {path}", soft_wrap=True)
-    if args.json:
-        with atomic_file(args.json) as file:
-            content = _as_json(tasks, reports, _settings(args, options), with_details=args.details)
-            file.write(json.dumps(content, indent=2).encode())
-        console.print(f"wrote {args.json}", soft_wrap=True)
+    report_json(args, _as_json(tasks, reports, _settings(args, options), with_details=args.details))
+    if args.save:
+        console.print(f"wrote {args.save}", soft_wrap=True)
     return 0
 
 
@@ -157,7 +162,7 @@ def _run_options(args: argparse.Namespace) -> RunOptions:
     check_range("--threads", args.threads, 1, MAX_THREADS)
     check_range("--limit", args.limit, 1)
     check_range("--max-tokens", args.max_tokens, 1)
-    return RunOptions(ctx=args.ctx, threads=args.threads, gpu_layers=gpu_layers(args.gpu_layers))
+    return RunOptions(ctx=args.ctx, threads=args.threads, offload=device_options(args))
 
 
 def _tasks(args: argparse.Namespace) -> list[Task]:

@@ -78,6 +78,8 @@ def _facts(found: Inspection) -> list[tuple[str, str]]:
         facts.append(("router", card.describe_router()))
         facts.append(("layout", card.layout))
         facts.append(("mixed", _describe_mixed(card)))
+        if card.split:
+            facts.append(("split", card.describe_split()))
         if card.compact:
             facts.append(("compacted", card.describe_compact()))
             facts.append(("neurons", f"by layer: {' '.join(map(str, card.compact.widths))}"))

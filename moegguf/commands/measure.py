@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from moegguf.commands.options import check_range, gpu_layers
+from moegguf.commands.options import add_device_arguments, check_range, device_options
 from moegguf.divergences import (
     CHUNK,
     KeptReference,
@@ -33,7 +33,8 @@ from moegguf.errors import UserError, one_line
 from moegguf.gguf_header import Header, read_header
 from moegguf.measure.divergence import Divergence, Estimate
 from moegguf.recipe import find_recipes_file, load_recipe
-from moegguf.runtime.model import MAX_THREADS
+from moegguf.runtime.offload import Offload
+from moegguf.runtime.run_options import MAX_THREADS
 from moegguf.texts import Record, read_domains
 
 HELP = """\
@@ -83,20 +84,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("how")
     how.add_argument("--json", action="store_true", help="print the results as JSON")
     how.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: physical cores)")
-    how.add_argument("--gpu-layers", default="0", metavar="N", help="layers to put on the GPU, or all (default: 0)")
+    add_device_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the reference unless its logits are there, then every model; print how far each is from it."""
     check_range("--max-tokens", args.max_tokens, 1)
     check_range("--threads", args.threads, 1, MAX_THREADS)
-    layers = gpu_layers(args.gpu_layers)
+    offload = device_options(args)
     reference = _check_models(args)
     chunks = sequences_of(
         reference, _texts(args), chunk=chunk_length(reference, args.chunk), max_tokens=args.max_tokens
     )
     console = Console(stderr=args.json, markup=False, highlight=False, emoji=False, width=_width(args.json))
-    measured = _measure(args, reference, chunks, layers, console)
+    measured = _measure(args, reference, chunks, offload, console)
     if args.json:
         json.dump(_as_json(args, measured), sys.stdout, indent=2)
         print()
@@ -172,12 +173,12 @@ class _Measured:
 
 
 def _measure(
-    args: argparse.Namespace, reference: Header, chunks: Mapping[str, list[Tokens]], layers: int, console: Console
+    args: argparse.Namespace, reference: Header, chunks: Mapping[str, list[Tokens]], offload: Offload, console: Console
 ) -> list[_Measured]:
     sequences = [tokens for text in chunks.values() for tokens in text]
     n_tokens = sum(len(tokens) - 1 for tokens in sequences)
     console.print(f"{n_tokens} tokens in {len(sequences)} chunks", soft_wrap=True)
-    kept = None if args.no_cache else _kept(args, reference, sequences, layers)
+    kept = None if args.no_cache else _kept(args, reference, sequences, offload)
     must_run = kept is not None and not kept.is_there
     if kept:
         state = "will be kept" if must_run else "are there already"
@@ -196,17 +197,17 @@ def _measure(
             if kept:
                 divergence = kept.compare(path, threads=args.threads, progress=advance(name))
             else:
-                divergence = compare(reference.path, path, sequences, threads=args.threads, gpu_layers=layers,
+                divergence = compare(reference.path, path, sequences, threads=args.threads, offload=offload,
                                      progress=advance(name))  # fmt: skip
             by_text = dict(zip(chunks, divergence.split(map(len, chunks.values())), strict=True))
             measured.append(_Measured(name, path, by_text))
     return measured
 
 
-def _kept(args: argparse.Namespace, reference: Header, sequences: Sequence[Tokens], layers: int) -> KeptReference:
+def _kept(args: argparse.Namespace, reference: Header, sequences: Sequence[Tokens], offload: Offload) -> KeptReference:
     if args.reference_logits:
-        return KeptReference(args.reference_logits, reference, sequences, layers)
-    return kept_in(args.cache or _cache_folder(), reference, sequences, gpu_layers=layers)
+        return KeptReference(args.reference_logits, reference, sequences, offload)
+    return kept_in(args.cache or _cache_folder(), reference, sequences, offload=offload)
 
 
 def _cache_folder() -> Path:

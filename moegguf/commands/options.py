@@ -1,14 +1,27 @@
-"""What the flags of several commands have in common. The one module of this package that commands import."""
+"""What the flags of several commands have in common."""
 
 from __future__ import annotations
 
+import argparse
+import json
+import math
 import os
-from collections.abc import Sequence
+import re
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from moegguf.errors import UserError
+from moegguf.atomic import atomic_file
+from moegguf.errors import UserError, one_line
+
+if TYPE_CHECKING:
+    from moegguf.runtime.model import RunOptions
+    from moegguf.runtime.offload import Offload, Override
 
 LARGEST = 2**31 - 1
+KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
+"""What llama.cpp's key-value cache can be (common/arg.cpp)."""
 
 
 def check_range(flag: str, value: int | None, low: int, high: int = LARGEST) -> None:
@@ -17,13 +30,166 @@ def check_range(flag: str, value: int | None, low: int, high: int = LARGEST) -> 
         raise UserError(f"{flag} {value}: expected a whole number from {low} to {high}", "leave it out for the default")
 
 
-def gpu_layers(value: str) -> int:
-    """The number that llama.cpp takes for the text of --gpu-layers: -1 for `all`. Raises UserError for other words."""
-    if value == "all":
-        return -1
-    if not (value.isascii() and value.isdigit()):
-        raise UserError(f"--gpu-layers {value}: expected a whole number, or all", "leave it out for none")
-    return int(value)
+def add_device_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where a model goes; `device_options` reads these flags."""
+    devices = parser.add_argument_group("devices", "GPUs, and workers on other machines; `moegguf doctor` lists GPUs.")
+    devices.add_argument(
+        "--gpu-layers", metavar="N", default="auto",
+        help="layers to put on devices: a number, all, or auto: what fits, experts last (default: auto)",
+    )  # fmt: skip
+    devices.add_argument(
+        "--cpu-experts", metavar="N", nargs="?", const="all", default="0",
+        help="leave the experts of the first N layers on the CPU; without a number those of all layers",
+    )  # fmt: skip
+    devices.add_argument(
+        "--override-tensor", metavar="PATTERN=DEVICE", action="append", default=[],
+        help="tensors whose name matches this regular expression go on DEVICE, say 'blk\\.[0-3]\\..*_exps=CPU'; "
+        "several with commas, the first that matches counts",
+    )  # fmt: skip
+    devices.add_argument("--device", metavar="NAMES", help="the devices to use, with commas, or none (default: all)")
+    devices.add_argument("--main-gpu", metavar="I", type=int, help="use one of them alone, counted from 0")
+    devices.add_argument(
+        "--tensor-split", metavar="SHARES", help="shares of the layers for each device, say 3,1 (default: what fits)"
+    )
+    devices.add_argument(
+        "--rpc", metavar="HOST:PORT", help="devices of other machines that run `moegguf worker`, with commas"
+    )
+
+
+def device_options(args: argparse.Namespace) -> Offload:
+    """What `add_device_arguments` asks for. Raises UserError for what no machine can mean; a model is loaded later.
+
+    With --rpc, a worker that dies from now on ends the program with one line, as llama.cpp cannot go on without it.
+    """
+    from moegguf.runtime.offload import ALL, Offload
+
+    check_range("--main-gpu", args.main_gpu, 0)
+    given = [part for value in args.override_tensor for part in value.split(",")]
+    asked = Offload(
+        layers=None if args.gpu_layers == "auto" else _count("--gpu-layers", args.gpu_layers, {"all": ALL}),
+        cpu_experts=_count("--cpu-experts", args.cpu_experts, {"all": ALL}),
+        overrides=tuple(map(_override, given)),
+        devices=device_names(args.device),
+        main_gpu=args.main_gpu,
+        tensor_split=() if args.tensor_split is None else _shares(args.tensor_split),
+        workers=() if args.rpc is None else _workers(args.rpc),
+    )
+    if asked.workers:
+        from moegguf.runtime.workers import when_lost
+
+        when_lost(asked.workers, _leave)
+    return asked
+
+
+def add_memory_arguments(parser: argparse.ArgumentParser) -> None:
+    """How a model uses memory; `run_options` reads these flags and those of `add_device_arguments`."""
+    memory = parser.add_argument_group("memory")
+    memory.add_argument(
+        "--kv-type", metavar="TYPE", default="f16", choices=KV_TYPES,
+        help=f"type of the key-value cache: {', '.join(KV_TYPES)} (default: f16)",
+    )  # fmt: skip
+    memory.add_argument(
+        "--flash-attn", metavar="WHEN", default="auto", choices=("auto", "on", "off"),
+        help="on, off, or auto: where a device has it or the cache needs it (default: auto)",
+    )  # fmt: skip
+    memory.add_argument("--no-mmap", action="store_true", help="read the file into memory first instead of mapping it")
+    memory.add_argument("--mlock", action="store_true", help="keep the weights from being swapped out")
+
+
+def run_options(args: argparse.Namespace) -> RunOptions:
+    """What `add_device_arguments` and `add_memory_arguments` ask for; the rest is RunOptions' default."""
+    from gguf import GGMLQuantizationType
+
+    from moegguf.runtime.model import RunOptions
+    from moegguf.runtime.offload import FlashAttention
+
+    return RunOptions(
+        offload=device_options(args),
+        kv_type=GGMLQuantizationType[args.kv_type.upper()],
+        flash_attention=FlashAttention[args.flash_attn.upper()],
+        mmap=not args.no_mmap,
+        mlock=args.mlock,
+    )
+
+
+def _count(flag: str, text: str, words: Mapping[str, int]) -> int:
+    if text in words:
+        return words[text]
+    if not (text.isascii() and text.isdigit() and int(text) <= LARGEST):
+        raise UserError(
+            f"{flag} {text}: expected a whole number, or {', '.join(words)}", "leave it out for the default"
+        )
+    return int(text)
+
+
+def _override(text: str) -> Override:
+    from moegguf.runtime.offload import Override
+
+    pattern, _, device = text.partition("=")
+    if not pattern or not device:
+        raise UserError(f"--override-tensor {text}: expected PATTERN=DEVICE", "for example 'ffn_.*_exps=CPU'")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise UserError(
+            f"--override-tensor {text}: {pattern!r} is no regular expression ({error})", "mend the pattern"
+        ) from error
+    return Override(pattern, device)
+
+
+def device_names(text: str | None) -> tuple[str, ...] | None:
+    """Names of the devices that --device gives; None where it was left out, which is all of them."""
+    return None if text is None else () if text == "none" else tuple(text.split(","))
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    try:
+        shares = tuple(map(float, text.split(",")))
+    except ValueError:
+        shares = ()
+    if not all(math.isfinite(share) and share >= 0 for share in shares) or not sum(shares):
+        raise UserError(
+            f"--tensor-split {text}: expected a share for each device, none negative and not all 0", "for example 3,1"
+        )
+    return shares
+
+
+def _workers(text: str) -> tuple[str, ...]:
+    workers = tuple(f"{host}:{port}" for host, port in (host_and_port("--rpc", part) for part in text.split(",")))
+    if len(set(workers)) < len(workers):
+        raise UserError(f"--rpc {text}: a worker is named twice", "name each once")
+    return workers
+
+
+def host_and_port(flag: str, text: str) -> tuple[str, int]:
+    """The two parts of HOST:PORT. Raises UserError for another form."""
+    host, _, port = text.rpartition(":")
+    is_port = port.isascii() and port.isdigit() and 1 <= int(port) <= 65535
+    if not is_port or not re.fullmatch(r"[\w.-]+", host, re.ASCII):
+        raise UserError(f"{flag} {text}: expected HOST:PORT with a port from 1 to 65535", "for example 127.0.0.1:50052")
+    return host, int(port)
+
+
+def _leave(message: str) -> None:
+    """End the program from within C code that would abort it."""
+    print(f"moegguf: error: {one_line(message)}", file=sys.stderr, flush=True)
+    os._exit(2)
+
+
+def add_json_arguments(group: argparse._ArgumentGroup) -> None:
+    """`--json` prints results instead of tables, `--save` keeps them beside; `report_json` does both."""
+    group.add_argument("--json", action="store_true", help="print the results as JSON, and nothing else")
+    group.add_argument("--save", type=Path, metavar="FILE", help="write the results as JSON to this file")
+
+
+def report_json(args: argparse.Namespace, content: object) -> None:
+    """Print and write `content` as `add_json_arguments` asks."""
+    text = json.dumps(content, indent=2) + "\n"
+    if args.json:
+        sys.stdout.write(text)
+    if args.save:
+        with atomic_file(args.save) as file:
+            file.write(text.encode())
 
 
 def from_here(ref: str | None) -> str | None:

@@ -13,20 +13,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column, Table
 
 from moegguf.commands.options import check_range
-from moegguf.edit import FinishedMix, read_mix
+from moegguf.edit.change import Change, check_copy, write_copy
+from moegguf.edit.experts import plan_drop
+from moegguf.edit.finished import FinishedMix, read_mix
 from moegguf.errors import UserError, one_line
-from moegguf.prune import Pruned, plan_prune, routed, write_pruned
 from moegguf.recipe import find_recipes_file, load_recipe
 from moegguf.texts import Record, read_domains
 
 HELP = """\
-Write a mix again without some of its experts. Bytes of the others are copied; nothing is quantised again.
+Write a mix again without some of its experts, and say what that costs. Bytes of the others are copied; nothing is
+quantised again. (`moegguf drop` only does it.)
 
 --drop names the experts to leave out; --keep N keeps those that matter most on the texts: by REAP, the mean over the
 tokens that reach an expert of its output's length times its weight. With texts, the cost is measured on one half of
-them: the KL divergence of the pruned mix from the full one. The router loses rows and is not fitted again.
-
-Works on layout mixtral, gate-less or with a router, and on mixes with an always-on expert, which stays.
+them: the KL divergence of the pruned mix from the full one. A router loses rows and is not fitted again;
+noise is what a build gives those that are left.
 """
 EXAMPLES = """\
 examples:
@@ -40,7 +41,7 @@ demo:DOMAIN
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from moegguf.runtime.model import MAX_THREADS
+    from moegguf.runtime.run_options import MAX_THREADS
 
     parser.add_argument("file", type=Path, metavar="MIX", help="a mix with experts in stacks: layout mixtral or shared")
     which = parser.add_mutually_exclusive_group(required=True)
@@ -57,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from moegguf.runtime.model import MAX_THREADS
+    from moegguf.runtime.run_options import MAX_THREADS
     from moegguf.saliency import halves
 
     check_range("--max-tokens", args.max_tokens, 2)
@@ -67,12 +68,12 @@ def run(args: argparse.Namespace) -> int:
     console = Console(markup=False, highlight=False)
     mix = read_mix(args.file)
     _check_keep(mix, args)
-    plan_prune(mix, args.drop or routed(mix.card)[args.keep :], args.output, overwrite=args.force)  # or fail now
+    check_copy(args.file, args.output, overwrite=args.force)
+    plan_drop(mix, args.drop or mix.routed_names[args.keep :])  # or fail now
     texts = _texts(args)
     to_rank, to_measure = halves(mix.header, texts, args.max_tokens) if texts else ([], [])
     drop = args.drop or _least(console, mix, to_rank, args)
-    pruned = plan_prune(mix, drop, args.output, overwrite=args.force)
-    _write(console, mix, pruned, drop, args)
+    _write(console, mix, plan_drop(mix, drop), drop, args)
     if to_measure:
         _print_cost(console, mix, to_measure, args)
     return 0
@@ -81,10 +82,13 @@ def run(args: argparse.Namespace) -> int:
 def _check_keep(mix: FinishedMix, args: argparse.Namespace) -> None:
     if args.keep is None:
         return
-    n = len(routed(mix.card))
+    n = len(mix.routed_names)
     if not 1 <= args.keep < n:
         besides = f" besides {mix.card.always_on}" if mix.card.always_on else ""
         raise UserError(f"--keep {args.keep}: expected 1 to {n - 1}", f"{mix.path} has {n} experts{besides}")
+    if {info.shape[0] for info in mix.sites.values()} != {n}:
+        message = f"{mix.path}: layout {mix.card.layout} does not tell its experts apart, so they cannot be ranked"
+        raise UserError(message, "name those to leave out: --drop")
     if not (args.text or args.domains):
         raise UserError(f"--keep {args.keep}: takes text to rank experts by", "pass --text FILE or --domains RECIPE")
 
@@ -118,13 +122,15 @@ def _least(console: Console, mix: FinishedMix, chunks: Sequence, args: argparse.
     return [one.expert for one in ranks[args.keep :]]
 
 
-def _write(console: Console, mix: FinishedMix, pruned: Pruned, drop: Sequence[str], args: argparse.Namespace) -> None:
+def _write(console: Console, mix: FinishedMix, change: Change, drop: Sequence[str], args: argparse.Namespace) -> None:
     start = time.monotonic()
-    n_bytes = write_pruned(pruned, args.output, threads=args.threads or 1)
+    n_bytes = write_copy(change, args.output, threads=args.threads or 1).n_bytes
+    for note in change.notes:
+        console.print(f"note: {one_line(note)}", soft_wrap=True)
     old = mix.header.file_size
     console.print(
         f"wrote {args.output} ({n_bytes / 1e6:.2f} MB, was {old / 1e6:.2f} MB) without {', '.join(drop)} in "
-        f"{time.monotonic() - start:.2f} s: {pruned.card.describe_router()}",
+        f"{time.monotonic() - start:.2f} s: {change.card.describe_router()}",
         soft_wrap=True,
     )
 

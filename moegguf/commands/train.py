@@ -238,7 +238,7 @@ def _mix(args: argparse.Namespace, recipe: Recipe) -> Mix:
     """The mix with the router that training starts from."""
     from dataclasses import replace
 
-    from moegguf.build import open_mix
+    from moegguf.assembly import open_mix
 
     mix = open_mix(recipe, router=_fitted(recipe) if recipe.router.is_unfitted else None)
     if args.start != "zeros":

@@ -4,6 +4,7 @@ Shapes, numpy order: gate and up are (n_ff, n_embd), down is (n_embd, n_ff).
 stack   → (n_expert, rows, cols), the experts one below the other
 fuse    → gate and up (Σ n_ff, n_embd) below each other; down (n_embd, Σ n_ff) side by side
 compact → as fuse, with copies of a neuron merged where a grouping says so
+gather  → as fuse, with some of the neurons only
 """
 
 from __future__ import annotations
@@ -47,24 +48,39 @@ def fuse(layer: int, role: str, name: str, shares: Sequence[Share]) -> Slot:
 def compact(layer: int, role: str, shares: Sequence[Share], grouping: np.ndarray) -> Slot:
     """`fuse` with some copies of neurons merged: those that stay, expert by expert, then those that were merged."""
     whole, n_ff = [_part(layer, role, share) for share in shares], grouping.shape[1]
-    gather, merge = (gather_columns, merge_columns) if role == "ffn_down" else (gather_rows, merge_rows)
-    parts = [
-        replace(part, tensor=gather(part.tensor, neurons), **_inputs(role, part.importance, neurons, n_ff))
-        for part, neurons in zip(whole, kept(grouping), strict=True)
-    ]
+    merge = merge_columns if role == "ffn_down" else merge_rows
+    parts = _gathered(role, whole, kept(grouping))
     known = [part.importance for part in whole if part.importance is not None]
     mean = np.mean(known, axis=0, dtype=np.float32) if known else None
     together = merge([part.tensor for part in whole], [factor for _, factor in shares], grouping)
     parts.append(Part(together, **_inputs(role, mean, merged(grouping), n_ff)))
-    return _side_by_side(layer, role, role, [part for part in parts if 0 not in part.tensor.shape], _preset(shares))
+    return _side_by_side(layer, role, role, _nonempty(parts), _preset(shares))
 
 
-def _inputs(role: str, importance: np.ndarray | None, neurons: np.ndarray, n_ff: int) -> dict[str, object]:
-    """What a part that has these of `n_ff` neurons says of its columns. Those of gate and up are no neurons."""
+def gather(layer: int, role: str, name: str, shares: Sequence[Share], neurons: Sequence[np.ndarray]) -> Slot:
+    """`fuse` with only these neurons of each expert."""
+    parts = _gathered(role, [_part(layer, role, share) for share in shares], neurons)
+    return _side_by_side(layer, role, name, _nonempty(parts), _preset(shares))
+
+
+def _gathered(role: str, whole: Sequence[Part], neurons: Sequence[np.ndarray]) -> list[Part]:
+    take = gather_columns if role == "ffn_down" else gather_rows
+    return [
+        replace(part, tensor=take(part.tensor, numbers), **_inputs(role, part.importance, numbers, part.tensor.n_cols))
+        for part, numbers in zip(whole, neurons, strict=True)
+    ]
+
+
+def _nonempty(parts: Sequence[Part]) -> list[Part]:
+    return [part for part in parts if 0 not in part.tensor.shape]
+
+
+def _inputs(role: str, importance: np.ndarray | None, neurons: np.ndarray, n_cols: int) -> dict[str, object]:
+    """What a part that has these of `n_cols` neurons says of its columns. Those of gate and up are no neurons."""
     if role != "ffn_down":
         return {"importance": importance}
     known = None if importance is None else importance[neurons]
-    return {"importance": known, "columns": Columns(neurons, n_ff)}
+    return {"importance": known, "columns": Columns(neurons, n_cols)}
 
 
 def _side_by_side(layer: int, role: str, name: str, parts: Sequence[Part], preset: str) -> Slot:
@@ -82,8 +98,8 @@ def average(layer: int, role: str, shares: Sequence[Share], kind: str = "weight"
     name = str(TensorName(layer, role, kind))
     tensors = [expert.ffn(layer, role, kind) for expert, _ in shares]
     total = weighted_sum(name, tensors, [factor for _, factor in shares])
-    known = [expert.importance(layer, role) for expert, _ in shares if expert.imatrix and kind == "weight"]
-    importance = np.mean(known, axis=0, dtype=np.float32) if known else None
+    known = [found for expert, _ in shares if (found := expert.importance(layer, role)) is not None]
+    importance = np.mean(known, axis=0, dtype=np.float32) if known and kind == "weight" else None
     return Slot(name, total.shape, ((Part(total, importance=importance),),), _preset(shares))
 
 

@@ -5,9 +5,10 @@ importance. llama.cpp's GGUF format is read and written (tools/imatrix/imatrix.c
 old .dat is read. `moegguf calibrate` adds keys of its own that say of which model and which texts the sums are, so
 that they can go on later; llama-quantize takes no notice of them.
 
-In a build every slice of an output tensor has its own importance: that measured on this very mix, else that of its
-expert's file, else that of the dense model in the recipe's file, because an expert's FFN sees inputs of the same
-kind. Experts that no token reached count as all others together do, where llama-quantize counts their columns alike.
+In a build every slice of an output tensor has its own importance: that measured on this very mix, in whatever layout,
+else that of its expert's file, else that of the dense model in the recipe's file, because an expert's FFN sees inputs
+of the same kind. Experts that no token reached count as all others together do, where llama-quantize counts their
+columns alike.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import numpy as np
 from gguf import GGUFValue, GGUFValueType
 
 from moegguf.errors import UserError
+from moegguf.families import TensorName
 from moegguf.gguf_header import Header, is_gguf, read_header
 from moegguf.sources.blob import LocalFile
 from moegguf.squares import Squares
@@ -205,6 +207,26 @@ def _read_dat(path: Path) -> Imatrix:
 
 
 # ------------------------------------------------------------------------------------------- into a build
+
+
+def taken_apart(imatrix: Imatrix, n: int, widths: Mapping[str, int]) -> tuple[list[Imatrix], Imatrix]:
+    """What the imatrix of a mix of `n` experts says of each, under the names of a dense model, and all the rest of it
+    but routers, which are not quantised.
+
+    `widths`: name of an expert's FFN projection → its columns. A mix has the experts stacked, or in one FFN.
+    """
+    of_experts: list[dict[str, np.ndarray]] = [{} for _ in range(n)]
+    rest = {}
+    for name, entry in imatrix.entries.items():
+        parsed = TensorName.parse(name)
+        dense = str(replace(parsed, role=parsed.role.removesuffix("_exps")))
+        has_all = dense != name or parsed.role == "ffn_down"
+        if has_all and entry.size == n * widths.get(dense, 0):
+            for own, row in zip(of_experts, entry.reshape(n, 1, -1), strict=True):
+                own[dense] = row
+        elif parsed.role != "ffn_gate_inp":
+            rest[name] = entry
+    return [replace(imatrix, entries=own) for own in of_experts], replace(imatrix, entries=rest)
 
 
 def with_importance(form: Form, imatrix: Imatrix) -> Form:

@@ -105,19 +105,21 @@ def measure(
 
     Reads a sample of the weights, in `threads` threads. Raises UserError for weights that cannot be used.
     """
-    return _measure_all([(slot, candidates(slot)) for slot in slots], mix, threads, progress)
+    return measure_types([(slot, candidates(slot)) for slot in slots], mix, threads=threads, progress=progress)
 
 
 def measure_planned(
     planned: Sequence[Planned], mix: Mix, *, threads: int, progress: Progress = lambda n: None
 ) -> dict[str, Sensitivity]:
     """As `measure`, but each tensor in the one type that it is to have."""
-    return _measure_all([(tensor.slot, (tensor.type,)) for tensor in planned], mix, threads, progress)
+    asked = [(tensor.slot, (tensor.type,)) for tensor in planned]
+    return measure_types(asked, mix, threads=threads, progress=progress)
 
 
-def _measure_all(
-    asked: Sequence[tuple[Slot, tuple[Type, ...]]], mix: Mix, threads: int, progress: Progress
+def measure_types(
+    asked: Sequence[tuple[Slot, Sequence[Type]]], mix: Mix, *, threads: int, progress: Progress = lambda n: None
 ) -> dict[str, Sensitivity]:
+    """As `measure`, but each tensor in the types that are asked for it."""
     numbers, together = _expert_numbers(mix), _together(mix)
     measured = {}
     for sensitivity in _in_threads(lambda each: _measure(*each, numbers, together), asked, threads):

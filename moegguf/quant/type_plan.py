@@ -3,7 +3,9 @@
     {"format": "moegguf type plan", "version": 1, "mix": "demo", "budget": "3MB", "loss": 0.0012,
      "shapes": {"token_embd.weight": [1024, 256], …}, "types": {"token_embd.weight": "Q6_K", …}}
 
-`types` is what there is to edit. `shapes` say which mix it is for: the same names and shapes, or it is refused.
+`types` is what there is to edit. `shapes` say which mix it is for: the same names and shapes, or it is refused. A mix
+whose neurons are split also has `"split": {"by": "neurons", "fine": 256, "digest": …}`: which neurons are fine follows
+from the importance matrix, and the digest says whether it was the same.
 """
 
 from __future__ import annotations
@@ -18,9 +20,20 @@ from gguf import GGMLQuantizationType as Type
 from moegguf.atomic import atomic_file
 from moegguf.errors import UserError
 from moegguf.quant.presets import parse_type
+from moegguf.quant.split import Split
+from moegguf.recipe import Splitting
 from moegguf.tensor import Planned
 
 FORMAT, VERSION = "moegguf type plan", 1
+
+
+@dataclass(frozen=True)
+class SplitRule:
+    """How neurons are split: `fine` of each layer are finer, `digest` is that of which they are."""
+
+    by: Splitting
+    fine: int
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -31,6 +44,7 @@ class TypePlan:
     chosen_for: str
     types: Mapping[str, Type]
     shapes: Mapping[str, tuple[int, ...]]
+    split: SplitRule | None = None
 
     def types_for(self, planned: Sequence[Planned]) -> Mapping[str, Type]:
         """Its types, if it is for the mix that `planned` are the tensors of. Raises UserError, naming the first tensor
@@ -51,10 +65,14 @@ def shapes_of(planned: Sequence[Planned]) -> dict[str, tuple[int, ...]]:
     return {tensor.name: tensor.shape for tensor in planned if tensor.type is not Type.F32}
 
 
-def write_type_plan(path: Path, mix: str, chosen_for: str, loss: float, planned: Sequence[Planned]) -> None:
+def write_type_plan(
+    path: Path, mix: str, chosen_for: str, loss: float, planned: Sequence[Planned], split: Split | None = None
+) -> None:
     """Write the types of `planned` to `path`, replacing a file that is there."""
     shapes = shapes_of(planned)
     head = {"format": FORMAT, "version": VERSION, "mix": mix, "budget": chosen_for, "loss": loss}
+    if split:
+        head["split"] = {"by": split.by, "fine": split.n_fine, "digest": split.digest}
     types = {tensor.name: tensor.type.name for tensor in planned if tensor.name in shapes}
     lines = [f'  "{key}": {json.dumps(value)}' for key, value in head.items()]
     lines += [f'  "{key}": {_table(table)}' for key, table in (("shapes", shapes), ("types", types))]
@@ -94,7 +112,16 @@ def read_type_plan(path: Path) -> TypePlan:
             faults.append(UserError(f"{path}: {name}: {error.message}", error.mend))
     if faults:
         raise UserError.of(faults)
-    return TypePlan(path, chosen_for, parsed, {name: tuple(shape) for name, shape in shapes.items()})
+    split = _read_split(path, content["split"]) if "split" in content else None
+    return TypePlan(path, chosen_for, parsed, {name: tuple(shape) for name, shape in shapes.items()}, split)
+
+
+def _read_split(path: Path, found: object) -> SplitRule:
+    rule = found if isinstance(found, dict) else {}
+    by, fine, digest = (rule.get(key) for key in ("by", "fine", "digest"))
+    if by not in (Splitting.NEURONS, Splitting.EXPERTS) or type(fine) is not int or not isinstance(digest, str):
+        raise UserError(f"{path}: its split lacks by = neurons or experts, a number fine or a digest", "make it again")
+    return SplitRule(Splitting(by), fine, digest)
 
 
 def _is_table(value: object, kind: type) -> bool:

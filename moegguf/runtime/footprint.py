@@ -4,22 +4,25 @@ llama.cpp can load a model without its weights (`llama_model_params.no_alloc`) a
 allocating them. It says their sizes in its log alone (llama_get_memory_breakdown is C++), so they are read from there.
 The weights are never read, so a file of the right header and size, all of it a hole, is enough: a mix can be measured
 before it is built.
-
-The key-value cache is not in that log, because none is made; its size follows from shapes (`moegguf.estimate`).
 """
 
 from __future__ import annotations
 
 import re
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import llama_cpp
 
 from moegguf.errors import UserError
+from moegguf.runtime.devices import buffer_name, fill
+from moegguf.runtime.interrupt import kept_interrupt
 from moegguf.runtime.log import llama_log
+from moegguf.runtime.offload import CPU, Footprint, Placement
 
-_COMPUTE_BUFFER = re.compile(r"compute buffer size = +([0-9.]+) MiB")
+_COMPUTE_BUFFER = re.compile(r": +(\S+) compute buffer size = +([0-9.]+) MiB")
+_CACHE = re.compile(r": size = +([0-9.]+) MiB \( *\d+ cells")
 _MIB = 1 << 20
 _WITHOUT_MMAP = 0  # LLAMA_LOAD_MODE_NONE of llama.h
 
@@ -30,27 +33,39 @@ def compute_bytes(header: bytes, n_bytes: int, n_ctx: int, folder: Path) -> int:
     `header` and `n_bytes` are those of a GGUF that need not exist; one without data takes its place in `folder` for the
     time of the call. Raises UserError when llama.cpp does not load it.
     """
-    with tempfile.TemporaryDirectory(dir=folder) as temporary, llama_log().heard() as lines:
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
         path = Path(temporary) / "mix.gguf"
         with open(path, "wb") as file:
             file.write(header)
             file.truncate(n_bytes)
-        _plan_context(path, n_ctx)
-    found = [float(size) for line in lines for size in _COMPUTE_BUFFER.findall(line)]
-    if not found:
-        raise UserError("llama.cpp does not say what memory it needs", "give a --budget for the file instead of --fit")
-    return int(sum(found) * _MIB)
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = n_ctx
+        return sum(footprint(path, Placement(0), params).compute.values())
 
 
-def _plan_context(path: Path, n_ctx: int) -> None:
-    model_params, context_params = llama_cpp.llama_model_default_params(), llama_cpp.llama_context_default_params()
-    model_params.no_alloc, model_params.n_gpu_layers = True, 0
-    model_params.load_mode = _WITHOUT_MMAP
-    context_params.n_ctx = n_ctx
-    llama_cpp.llama_backend_init()
-    model = llama_cpp.llama_model_load_from_file(str(path).encode(), model_params)
-    context = llama_cpp.llama_init_from_model(model, context_params) if model else None
-    if not context:
-        raise UserError(f"llama.cpp cannot run the mix: {llama_log().reason()}", "take a smaller --ctx")
-    llama_cpp.llama_free(context)
-    llama_cpp.llama_model_free(model)
+def footprint(path: Path, placement: Placement, context: llama_cpp.llama_context_params) -> Footprint:
+    """What a context of these parameters would take on the devices of `placement`.
+
+    Raises UserError when llama.cpp does not load the file, or has no room even to plan.
+    """
+    params = fill(llama_cpp.llama_model_default_params(), placement)
+    params.no_alloc, params.load_mode = True, _WITHOUT_MMAP
+    with llama_log().heard() as lines, kept_interrupt():
+        llama_cpp.llama_backend_init()
+        model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+        planned = llama_cpp.llama_init_from_model(model, context) if model else None
+        if planned:
+            llama_cpp.llama_free(planned)
+        if model:
+            llama_cpp.llama_model_free(model)
+        if not planned:
+            raise UserError(
+                f"{path}: llama.cpp cannot run it: {llama_log().reason()}", "take a smaller --ctx, or a model it knows"
+            )
+    if not any(_COMPUTE_BUFFER.search(line) for line in lines):
+        raise UserError("llama.cpp does not say what memory it needs", "update moegguf: its log has changed")
+    names = {buffer_name(device): device for device in placement.devices}
+    compute: Counter[str] = Counter()
+    for buffer, size in _COMPUTE_BUFFER.findall("".join(lines)):
+        compute[names.get(buffer, CPU)] += int(float(size) * _MIB)
+    return Footprint(compute, int(sum(map(float, _CACHE.findall("".join(lines)))) * _MIB))

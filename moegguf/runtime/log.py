@@ -34,13 +34,13 @@ class Log:
 
     @contextmanager
     def heard(self) -> Iterator[list[str]]:
-        """All that is said within this block."""
+        """All that is said within this block, but for blocks of this kind within it."""
         self.forget()
-        self._heard = []
+        before, self._heard = self._heard, []
         try:
             yield self._heard
         finally:
-            self._heard = None
+            self._heard = before
 
     def _write(self, level: int, text: bytes, _user_data) -> None:
         line = text.decode("utf-8", errors="replace")

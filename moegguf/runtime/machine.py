@@ -1,15 +1,14 @@
 """What this machine can run: cores, memory, disk, packages, llama.cpp's devices, model stores.
 
-Read from the operating system without a dependency: /proc and /sys on Linux, sysctl and vm_stat on macOS,
-kernel32 on Windows. Limits count: a container's CPU quota and memory limit, and the cores this process is
-pinned to. What cannot be found out is None (or a fallback for the core count), never an error.
+Limits count: a container's CPU quota and memory limit, and the cores this process is pinned to; and of a Mac's cores
+only the fast ones, as the others slow them down. What cannot be found out is None (or a fallback for the core count),
+never an error.
 
 Does not touch a GPU beyond asking ggml for its device list, and imports no package to learn its version.
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import math
 import os
@@ -23,7 +22,11 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+import psutil
+
 import moegguf
+from moegguf.runtime.offload import Device
+from moegguf.stores import Store, is_folder, stores
 
 PACKAGES = ("llama-cpp-python", "gguf", "numpy", "huggingface-hub", "torch", "transformers")
 NEEDED = PACKAGES[:3]
@@ -61,17 +64,6 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Device:
-    """A device that ggml can compute on. `kind` is CPU, GPU, IGPU (shares main memory) or ACCEL; memory in bytes."""
-
-    name: str
-    description: str
-    kind: str
-    memory_free: int
-    memory_total: int
-
-
-@dataclass(frozen=True)
 class Runtime:
     """The llama.cpp inside llama-cpp-python. `features` is what its CPU code was compiled to use."""
 
@@ -89,22 +81,13 @@ class Runtime:
 
 
 @dataclass(frozen=True)
-class Store:
-    """A place where another program keeps models."""
-
-    name: str
-    path: str
-    models: int
-
-
-@dataclass(frozen=True)
 class Machine:
     """All that `moegguf doctor` shows. `runtime_error` says why llama.cpp did not load, when it did not."""
 
     system: str
     python: str
     cores: Cores
-    memory: Memory | None
+    memory: Memory
     disk_free: int
     packages: dict[str, str | None]
     runtime: Runtime | None
@@ -150,10 +133,10 @@ def advice(machine: Machine) -> list[str]:
             ' CMAKE_ARGS="-DGGML_CUDA=on" (or _METAL, _VULKAN, _HIP)'
         )
     else:
-        lines.append("a GPU is there: --gpu-layers all uses it")
+        lines.append("a GPU is there, and is used: `moegguf plan FILE` says for what")
     if machine.packages["huggingface-hub"] is None:
         lines.append("huggingface-hub is not installed: hf: references need it")
-    if machine.memory and machine.memory.available < 2 * 10**9:
+    if machine.memory.available < 2 * 10**9:
         lines.append("less than 2 GB of memory is available: close something, or take small models only")
     if machine.disk_free < 10 * 10**9:
         lines.append("less than 10 GB of disk is free here: a mix of 7B models needs more")
@@ -166,7 +149,8 @@ def advice(machine: Machine) -> list[str]:
 @functools.cache
 def physical_cores() -> int:
     """Physical cores that this process may use, at least 1: hyperthreads, pinning and CPU quotas taken off."""
-    found = _PHYSICAL_CORES.get(sys.platform, lambda: None)() or os.cpu_count() or 1
+    ask = _PHYSICAL_CORES.get(sys.platform, lambda: psutil.cpu_count(logical=False))
+    found = ask() or os.cpu_count() or 1
     return max(1, min(found, math.ceil(_cpu_quota() or found)))
 
 
@@ -177,29 +161,10 @@ def _linux_cores() -> int | None:
 
 
 def _macos_cores() -> int | None:
-    return _sysctl("hw.perflevel0.physicalcpu") or _sysctl("hw.physicalcpu")  # efficiency cores slow the others down
+    return _sysctl("hw.perflevel0.physicalcpu") or _sysctl("hw.physicalcpu")
 
 
-def _windows_cores() -> int | None:
-    """GetLogicalProcessorInformation: one entry per core has relationship 0 (RelationProcessorCore)."""
-    n_bytes = ctypes.c_ulong(0)
-    kernel32 = ctypes.windll.kernel32  # type: ignore[attr-defined]
-    kernel32.GetLogicalProcessorInformation(None, ctypes.byref(n_bytes))
-    buffer = ctypes.create_string_buffer(n_bytes.value)
-    if not kernel32.GetLogicalProcessorInformation(buffer, ctypes.byref(n_bytes)):
-        return None
-    pointer = ctypes.sizeof(ctypes.c_void_p)
-    entry = 2 * pointer + 16  # mask, relationship (padded), union of 16 bytes
-    raw = buffer.raw[: n_bytes.value]
-    kinds = (int.from_bytes(raw[at + pointer : at + pointer + 4], "little") for at in range(0, len(raw), entry))
-    return sum(kind == 0 for kind in kinds) or None
-
-
-_PHYSICAL_CORES: dict[str, Callable[[], int | None]] = {
-    "linux": _linux_cores,
-    "darwin": _macos_cores,
-    "win32": _windows_cores,
-}
+_PHYSICAL_CORES: dict[str, Callable[[], int | None]] = {"linux": _linux_cores, "darwin": _macos_cores}
 
 
 def _cpu_quota() -> float | None:
@@ -224,48 +189,13 @@ def _cpu_name() -> str:
 # --- memory ---
 
 
-def memory() -> Memory | None:
-    """Total and available memory, a container's limit applied; None on a system that we cannot ask."""
-    found = _MEMORY.get(sys.platform, lambda: None)()
-    if found is None:
-        return None
+def memory() -> Memory:
+    """Total and available memory, a container's limit applied."""
+    found = psutil.virtual_memory()
+    found = Memory(found.total, found.available)
     for limit, used in _memory_limits():
         found = Memory(min(found.total, limit), max(0, min(found.available, limit - used)))
     return found
-
-
-def _linux_memory() -> Memory | None:
-    kib = dict(re.findall(r"(\w+):\s+(\d+) kB", _text("/proc/meminfo") or ""))
-    return Memory(int(kib["MemTotal"]) * 1024, int(kib["MemAvailable"]) * 1024) if "MemAvailable" in kib else None
-
-
-def _macos_memory() -> Memory | None:
-    total, pages = _sysctl("hw.memsize"), _run("vm_stat") or ""
-    page = int((re.search(r"page size of (\d+)", pages) or [0, 4096])[1])
-    free = sum(int(n) for n in re.findall(r"Pages (?:free|inactive|speculative|purgeable):\s+(\d+)", pages))
-    return Memory(total, free * page) if total else None
-
-
-class _MemoryStatus(ctypes.Structure):
-    """MEMORYSTATUSEX of sysinfoapi.h."""
-
-    _fields_ = [("length", ctypes.c_ulong), ("load", ctypes.c_ulong)] + [
-        (name, ctypes.c_ulonglong)
-        for name in ("total", "available", "page_total", "page_free", "virtual_total", "virtual_free", "extended")
-    ]
-
-
-def _windows_memory() -> Memory | None:
-    status = _MemoryStatus(length=ctypes.sizeof(_MemoryStatus))
-    asked = ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status))  # type: ignore[attr-defined]
-    return Memory(status.total, status.available) if asked else None
-
-
-_MEMORY: dict[str, Callable[[], Memory | None]] = {
-    "linux": _linux_memory,
-    "darwin": _macos_memory,
-    "win32": _windows_memory,
-}
 
 
 def _memory_limits() -> Iterator[tuple[int, int]]:
@@ -287,7 +217,7 @@ def _cgroups(controller: str) -> Iterator[Path]:
             continue
         root = _CGROUP / controller if controllers else _CGROUP
         here = root / path.lstrip("/")
-        yield from (folder for folder in (here, *here.parents) if folder.is_relative_to(root) and _is_dir(folder))
+        yield from (folder for folder in (here, *here.parents) if folder.is_relative_to(root) and is_folder(folder))
 
 
 # --- llama.cpp ---
@@ -297,86 +227,22 @@ def _load_runtime() -> tuple[Runtime | None, str]:
     try:
         import llama_cpp
 
-        ggml = _Ggml(Path(llama_cpp.__file__).parent / "lib")
-    except (ImportError, OSError, RuntimeError) as error:  # a missing package, shared library or symbol
+        from moegguf.runtime.devices import devices, text
+
+        return Runtime(
+            ggml_version=text("ggml_version"),
+            ggml_commit=text("ggml_commit"),
+            features=tuple(re.findall(r"(\w+) = 1", llama_cpp.llama_print_system_info().decode(errors="replace"))),
+            devices=devices(),
+            mmap=llama_cpp.llama_supports_mmap(),
+            mlock=llama_cpp.llama_supports_mlock(),
+            rpc=llama_cpp.llama_supports_rpc(),
+        ), ""
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:  # a package, a shared library or a symbol
         return None, str(error).splitlines()[0]
-    features = llama_cpp.llama_print_system_info().decode("utf-8", errors="replace")
-    return Runtime(
-        ggml_version=ggml.text("ggml_version"),
-        ggml_commit=ggml.text("ggml_commit"),
-        features=tuple(re.findall(r"(\w+) = 1", features)),
-        devices=tuple(ggml.devices()),
-        mmap=llama_cpp.llama_supports_mmap(),
-        mlock=llama_cpp.llama_supports_mlock(),
-        rpc=llama_cpp.llama_supports_rpc(),
-    ), ""
-
-
-_DEVICE_KINDS = ("CPU", "GPU", "IGPU", "ACCEL", "META")  # enum ggml_backend_dev_type, ggml/include/ggml-backend.h
-
-
-class _Ggml:
-    """The few functions of ggml's device registry (ggml/include/ggml-backend.h) that llama_cpp does not wrap."""
-
-    def __init__(self, folder: Path) -> None:
-        from llama_cpp._ctypes_extensions import load_shared_library
-
-        self._libraries = [load_shared_library(name, folder) for name in ("ggml", "ggml-base")]
-
-    def _function(self, name: str, result: type, *arguments: type):
-        call = next(getattr(library, name) for library in self._libraries if hasattr(library, name))
-        call.restype, call.argtypes = result, arguments
-        return call
-
-    def text(self, name: str, *pointers: int) -> str:
-        """What a function that returns a C string says of `pointers`."""
-        call = self._function(name, ctypes.c_char_p, *[ctypes.c_void_p] * len(pointers))
-        return (call(*pointers) or b"").decode("utf-8", errors="replace")
-
-    def devices(self) -> Iterator[Device]:
-        size_p = ctypes.POINTER(ctypes.c_size_t)
-        get = self._function("ggml_backend_dev_get", ctypes.c_void_p, ctypes.c_size_t)
-        kind = self._function("ggml_backend_dev_type", ctypes.c_int, ctypes.c_void_p)
-        read_memory = self._function("ggml_backend_dev_memory", None, ctypes.c_void_p, size_p, size_p)
-        for index in range(self._function("ggml_backend_dev_count", ctypes.c_size_t)()):
-            device, free, total = get(index), ctypes.c_size_t(), ctypes.c_size_t()
-            read_memory(device, ctypes.byref(free), ctypes.byref(total))
-            yield Device(
-                name=self.text("ggml_backend_dev_name", device),
-                description=self.text("ggml_backend_dev_description", device),
-                kind=_DEVICE_KINDS[kind(device)],
-                memory_free=free.value,
-                memory_total=total.value,
-            )
-
-
-# --- stores ---
-
-
-def stores() -> Iterator[Store]:
-    """The model stores of Hugging Face, Ollama and LM Studio that are on this machine."""
-    home, env = Path.home(), os.environ
-    hf_home = Path(env.get("HF_HOME") or Path(env.get("XDG_CACHE_HOME") or home / ".cache") / "huggingface")
-    places = [
-        ("Hugging Face cache", Path(env.get("HF_HUB_CACHE") or hf_home / "hub"), "models--*"),
-        ("Ollama", Path(env.get("OLLAMA_MODELS") or home / ".ollama/models"), "manifests/*/*/*/*"),
-        ("Ollama (service)", Path("/usr/share/ollama/.ollama/models"), "manifests/*/*/*/*"),
-        ("LM Studio", home / ".lmstudio/models", "*/*/*.gguf"),
-        ("LM Studio (old)", home / ".cache/lm-studio/models", "*/*/*.gguf"),
-    ]
-    for name, path, pattern in places:
-        if _is_dir(path):
-            yield Store(name, str(path), sum(1 for _ in path.glob(pattern)))
 
 
 # --- small things ---
-
-
-def _is_dir(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except PermissionError:
-        return False
 
 
 def _text(path: str | Path) -> str | None:

@@ -6,7 +6,7 @@ can know (an unknown architecture, too little memory, an adapter of another mode
 stays hidden otherwise.
 
 A model has one context, for one sequence, and opens others on the same weights where many are to run at once.
-Does not know chat templates (`template`, `chat`) nor how to spread a model over devices.
+Does not know chat templates (`template`, `chat`) nor which device takes what (`placing`).
 """
 
 from __future__ import annotations
@@ -14,53 +14,26 @@ from __future__ import annotations
 import ctypes
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 import jinja2
 import llama_cpp
-from gguf import GGMLQuantizationType
 
 from moegguf.errors import UserError
 from moegguf.gguf_header import Header, read_header
 from moegguf.metadata import Card, read_card
 from moegguf.runtime.context import Context, interruptible
+from moegguf.runtime.devices import fill
 from moegguf.runtime.interrupt import kept_interrupt
 from moegguf.runtime.log import llama_log
-from moegguf.runtime.machine import physical_cores
+from moegguf.runtime.offload import Placement
+from moegguf.runtime.placing import flash_attention, place_model, plan_model
+from moegguf.runtime.run_options import DEFAULT_CTX, DEFAULT_OPTIONS, RunOptions, ctx_of, hparam, key_of, threads_for
 from moegguf.runtime.sampling import MAX_SEED, Sampling
 from moegguf.runtime.vocab import Vocab
-
-DEFAULT_CTX = 4096
-MIN_CTX = 16
-MAX_THREADS = 512  # GGML_MAX_N_THREADS
-ALL_LAYERS = -1
-SMALL_FILE = 32 << 20
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """How to run a file. None leaves the choice to the file and the machine."""
-
-    ctx: int | None = None
-    """Context in tokens; default: the model's own, at most 4096."""
-    threads: int | None = None
-    """CPU threads; default: the physical cores this process may use, but one for models of a few MB."""
-    gpu_layers: int = 0
-    """How many layers go to the GPU; -1 is all of them."""
-    batch: int = 512
-    """Prompt tokens evaluated at once."""
-    experts_used: int | None = None
-    """Experts per token, in place of the file's own number."""
-    adapter: Path | None = None
-    """A LoRA GGUF of this model to run with, at full strength."""
-    kv_type: GGMLQuantizationType = GGMLQuantizationType.F16
-    """Type of the key-value cache. F16 moves logits by about 1e-3; to compare two computations, take F32."""
-    mmap: bool = True
-    mlock: bool = False
-    verbose: bool = False
-
+from moegguf.runtime.workers import keep_watch
 
 _ADAPTER_MEND = "pass a LoRA GGUF that was made for this model"
 
@@ -68,18 +41,23 @@ OnNode = Callable[[int, bool, int | None], bool]
 """ggml_backend_sched_eval_callback of ggml/include/ggml-backend.h: (tensor, ask, user data) → wanted, or go on."""
 
 
-def open_model(path: str | Path, options: RunOptions = RunOptions()) -> Model:
+def open_model(path: str | Path, options: RunOptions = DEFAULT_OPTIONS) -> Model:
     """Load the GGUF at `path`. Raises UserError when the file, the options or the machine do not allow it."""
     header = read_header(Path(path))
     card = read_card(header)
-    _check_experts_used(header, card, options.experts_used)
+    check_experts_used(header, card, options.experts_used)
     log = llama_log()
     log.start(options.verbose)
+    placement = place_model(header, options)
+    log.forget()
     try:
         with kept_interrupt():
-            llama = llama_cpp.Llama(str(path), **_llama_arguments(header, options))
+            llama = _Llama(header, options, placement)
     except (ValueError, RuntimeError, MemoryError) as error:
-        raise UserError(f"{path}: llama.cpp cannot run it: {log.reason() or error}", _mend(log.reason())) from error
+        reason = log.reason()
+        raise UserError(
+            f"{path}: llama.cpp cannot run it: {reason or error}", _mend(reason, header, options, placement)
+        ) from error
     except jinja2.TemplateError as error:
         raise UserError(f"{path}: its chat template is broken: {error}", "convert it with a working one") from error
     if llama_cpp.llama_model_has_encoder(llama.model) or not llama_cpp.llama_get_memory(llama.ctx):
@@ -95,17 +73,18 @@ def open_model(path: str | Path, options: RunOptions = RunOptions()) -> Model:
     except UserError:
         model.close()
         raise
+    keep_watch(options.offload.workers)
     return model
 
 
 class Model:
     """A loaded model with one context. Close it, or use it as a context manager."""
 
-    def __init__(self, llama: llama_cpp.Llama, header: Header, card: Card | None, options: RunOptions) -> None:
+    def __init__(self, llama: _Llama, header: Header, card: Card | None, options: RunOptions) -> None:
         self.llama = llama
         self.header = header
         self.card = card
-        self.n_ctx = _ctx(header, options)
+        self.n_ctx = ctx_of(header, options)
         """Tokens that prompt and answer may take together (llama.cpp may have rounded its own number up)."""
         self.n_cells = options.ctx or DEFAULT_CTX
         """Tokens that several sequences may take together in a context of `open_context`."""
@@ -124,6 +103,11 @@ class Model:
         self.llama.close()
 
     @property
+    def placement(self) -> Placement:
+        """What went on which device."""
+        return self.llama.placement
+
+    @property
     def name(self) -> str:
         """The file's name."""
         return self.header.path.name
@@ -136,7 +120,7 @@ class Model:
 
     def load_adapter(self, path: Path) -> None:
         """Run with the LoRA GGUF at `path` from now on. Raises UserError when it is none, or of another model."""
-        _check_adapter(read_header(path), self.header)
+        check_adapter(read_header(path), self.header)
         llama_log().forget()
         adapter = llama_cpp.llama_adapter_lora_init(self.llama.model, str(path).encode())  # freed with the weights
         if not adapter:
@@ -187,13 +171,43 @@ class Model:
             llama_cpp.llama_set_adapters_lora(context, adapters, 1, (ctypes.c_float * 1)(1.0))
 
 
+class _Llama(llama_cpp.Llama):
+    """The high-level class, with what its constructor has no arguments for: where the tensors go, and llama.cpp's own
+    choice of flash attention. It makes parameters, fills in its arguments, and hands them on; here they pass by."""
+
+    def __init__(self, header: Header, options: RunOptions, placement: Placement) -> None:
+        self.placement = placement
+        self._flash_attention = flash_attention(options, placement)
+        try:
+            super().__init__(str(header.path), n_gpu_layers=placement.n_gpu_layers, **_llama_arguments(header, options))
+        except BaseException:
+            self.close()  # now, and not when the exception is forgotten: a worker may be gone by then
+            raise
+
+    @property
+    def model_params(self) -> llama_cpp.llama_model_params:
+        return self._model_params
+
+    @model_params.setter
+    def model_params(self, params: llama_cpp.llama_model_params) -> None:
+        self._model_params = fill(params, self.placement)
+
+    @property
+    def context_params(self) -> llama_cpp.llama_context_params:
+        self._context_params.flash_attn_type = self._flash_attention.value  # the constructor knows on and off only
+        return self._context_params
+
+    @context_params.setter
+    def context_params(self, params: llama_cpp.llama_context_params) -> None:
+        self._context_params = params
+
+
 def _llama_arguments(header: Header, options: RunOptions) -> dict:
-    threads = options.threads or _threads(header)
-    experts_used = {_key(header, "expert_used_count"): options.experts_used} if options.experts_used else None
+    threads = options.threads or threads_for(header)
+    experts_used = {key_of(header, "expert_used_count"): options.experts_used} if options.experts_used else None
     return dict(
-        n_ctx=_ctx(header, options),
+        n_ctx=ctx_of(header, options),
         n_batch=options.batch,
-        n_gpu_layers=options.gpu_layers,
         n_threads=threads,
         n_threads_batch=threads,
         use_mmap=options.mmap,
@@ -205,30 +219,10 @@ def _llama_arguments(header: Header, options: RunOptions) -> dict:
     )
 
 
-def _threads(header: Header) -> int:
-    """All cores; one for a model that is over in a moment, where threads spend their time waiting for each other."""
-    return 1 if header.file_size < SMALL_FILE else physical_cores()
-
-
-def _key(header: Header, name: str) -> str:
-    return f"{header.get('general.architecture', '')}.{name}"
-
-
-def _hparam(header: Header, name: str, default: int) -> int:
-    value = header.get(_key(header, name), default)
-    if not isinstance(value, int):
-        raise UserError(f"{header.path}: {_key(header, name)} is {value!r}, expected a whole number")
-    return value
-
-
-def _ctx(header: Header, options: RunOptions) -> int:
-    return options.ctx or min(_hparam(header, "context_length", DEFAULT_CTX), DEFAULT_CTX)
-
-
-def _check_experts_used(header: Header, card: Card | None, asked: int | None) -> None:
+def check_experts_used(header: Header, card: Card | None, asked: int | None) -> None:
     """Refuse numbers of experts that the file cannot run with, above all k < N over a router of zeros."""
-    n_expert = _hparam(header, "expert_count", 0)
-    used = _hparam(header, "expert_used_count", 0) if asked is None else asked
+    n_expert = hparam(header, "expert_count", 0)
+    used = hparam(header, "expert_used_count", 0) if asked is None else asked
     if not n_expert:
         if asked is not None:
             raise UserError(f"{header.path}: --experts-used {asked}, but the file has no router", "leave the flag out")
@@ -243,15 +237,27 @@ def _check_experts_used(header: Header, card: Card | None, asked: int | None) ->
         )
 
 
-def _mend(reason: str) -> str:
+def _mend(reason: str, header: Header, options: RunOptions, placement: Placement) -> str:
     if "alloc" in reason or "memory" in reason:
-        return "take a smaller --ctx or a smaller quant, or leave --no-mmap and --mlock out"
+        fitting = _fitting(header, options, placement)
+        return f"{fitting}take a smaller --ctx or a smaller quant, or leave --no-mmap and --mlock out"
     if "unknown model architecture" in reason:
         return "update llama-cpp-python, or pass a language model that it knows"
     return "run it again with --verbose for all that llama.cpp says"
 
 
-def _check_adapter(adapter: Header, model: Header) -> None:
+def _fitting(header: Header, options: RunOptions, failed: Placement) -> str:
+    """The placement that would fit, as advice; nothing where no device is used."""
+    if not failed.n_gpu_layers:
+        return ""
+    asked = replace(options.offload, layers=None, cpu_experts=0)
+    plan = plan_model(header, replace(options, offload=asked))
+    if plan.placement != failed:
+        return f"{plan.placement.flags()} fits, or "
+    return f"its devices have less memory than they say: try {plan.on_half().flags()}, or "
+
+
+def check_adapter(adapter: Header, model: Header) -> None:
     """Refuse what is no LoRA adapter of `model`, as far as its header says."""
     kind = adapter.get("general.type"), adapter.get("adapter.type")
     if kind != ("adapter", "lora"):

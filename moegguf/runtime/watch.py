@@ -2,8 +2,8 @@
 
 llama.cpp calls `cb_eval` for every node, first to ask whether it is wanted, then, once it is computed, to show it
 (ggml/src/ggml-backend.cpp). Whoever has seen enough may end the graph, which saves what follows, the output matrix
-above all. That is left out where a GPU computes: a graph then is in parts, and the parts that follow would run on
-what was not computed.
+above all. That is left out where there are other devices than the CPU: a graph then is in parts, and those that follow
+would run on what was not computed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from moegguf.runtime.context import MAX_SEQUENCES, Entry, check_fits, groups, max_outputs
-from moegguf.runtime.machine import has_gpu
 from moegguf.runtime.model import Model
 
 Lengths = tuple[int, ...]
@@ -29,7 +28,7 @@ class Watch:
         self._n_ctx = model.n_ctx
         self._n_batch = min(max_outputs(model.vocab.n_tokens), model.n_cells)
         self._n_sequences = min(MAX_SEQUENCES, self._n_batch)
-        self._may_end = not has_gpu()
+        self._may_end = not model.placement.devices
         self._has_ended = False
         self._error: BaseException | None = None
         self._context = model.open_context(

@@ -4,6 +4,8 @@
     hf:org/name[@rev]      a model on the Hugging Face Hub; rev is a branch, a tag or a commit
     lora:ADAPTER[::SOURCE] a PEFT adapter (PATH, hf:org/name[@rev] or demo:NAME) merged into SOURCE, which is any other
                            reference; into the recipe's base without one
+    ollama:NAME[:TAG]      a model of the local Ollama store
+    lmstudio:PUBLISHER/MODEL[/FILE]  a model of LM Studio
     PATH                   a Hugging Face folder, or a .gguf file (any shard of a split one)
 
 A path is relative to the folder of the recipe that names it, or to the working directory on the command line.
@@ -78,6 +80,18 @@ def _open_lora(target: str, ref: str, options: OpenOptions) -> Source:
     return open_lora(_adapter(adapter, ref, options), below)
 
 
+def _open_ollama(target: str, ref: str, options: OpenOptions) -> Source:
+    from moegguf.sources.ollama import open_ollama
+
+    return open_ollama(target, ref)
+
+
+def _open_lmstudio(target: str, ref: str, options: OpenOptions) -> Source:
+    from moegguf.sources.lmstudio import open_lmstudio
+
+    return open_lmstudio(target, ref)
+
+
 def _adapter(adapter: str, ref: str, options: OpenOptions) -> Checkpoint:
     """The files that the ADAPTER of a reference names."""
     from moegguf import demo
@@ -89,7 +103,7 @@ def _adapter(adapter: str, ref: str, options: OpenOptions) -> Checkpoint:
         from moegguf.sources.hub import hub_checkpoint
 
         repo, _, revision = target.partition("@")
-        return hub_checkpoint(repo, revision or "main", ref, stream=options.stream, small_files=(lora.CONFIG,))
+        return hub_checkpoint(repo, revision or "main", ref, stream=options.stream, small_files=lora.SMALL_FILES)
     if scheme == "demo":
         return lora.local_adapter(demo.adapter_folder(target), ref, adapter)
     path = options.folder / os.path.expanduser(adapter)  # noqa: PTH111 (as in _open_path)
@@ -130,4 +144,6 @@ _OPENERS: dict[str, Callable[[str, str, OpenOptions], Source]] = {
     "demo": _open_demo,
     "hf": _open_hub,
     "lora": _open_lora,
+    "ollama": _open_ollama,
+    "lmstudio": _open_lmstudio,
 }

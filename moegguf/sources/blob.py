@@ -6,14 +6,18 @@ mapped: mapped pages would count as memory of the process, and a bad disk would 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from moegguf.errors import UserError
+
+_CHUNK_BYTES = 8 << 20
 
 
 class Blob(Protocol):
@@ -26,6 +30,16 @@ class Blob(Protocol):
     def read(self, offset: int, size: int) -> np.ndarray:
         """`size` bytes from `offset` as uint8. Raises UserError when they cannot be had."""
         ...
+
+
+def sha256_of(path: Path, progress: Callable[[int], None] = lambda n_bytes: None) -> str:
+    """The SHA-256 of a file, as hex. `progress` hears the bytes as they are read."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+            progress(len(chunk))
+    return digest.hexdigest()
 
 
 class LocalFile:

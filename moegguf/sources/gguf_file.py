@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 
 import numpy as np
 
 from moegguf.errors import UserError
-from moegguf.gguf_header import Header, TensorInfo, read_header
+from moegguf.gguf_header import Header, TensorInfo, read_header, shards
 from moegguf.quant import ggml
 from moegguf.sources.blob import Blob, LocalFile
 from moegguf.tensor import Metadata, Source, Tensor
 
-_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _NOT_OF_THE_MODEL = ("split.", "tokenizer.")
 
 
 def open_gguf(path: Path, ref: str, label: str) -> Source:
     """The model in `path` (any shard of a split one). Raises UserError when a file is missing or damaged."""
-    headers = [read_header(shard) for shard in _shards(path)]
+    headers = [read_header(shard) for shard in shards(path)]
+    _check_numbers(headers)
     first = headers[0]
     if "general.architecture" not in first.fields:
         raise UserError(f"{path}: has no general.architecture", "use a GGUF that holds a whole model")
@@ -45,16 +44,13 @@ def open_gguf(path: Path, ref: str, label: str) -> Source:
     )
 
 
-def _shards(path: Path) -> list[Path]:
-    match = _SHARD.fullmatch(path.name)
-    count = int(match["count"]) if match else 0
-    if not count:
-        return [path]
-    shards = [path.with_name(f"{match['stem']}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
-    if missing := [shard.name for shard in shards if not shard.is_file()]:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UserError(f"{path}: shard {missing[0]}{more} is missing", f"put all {count} shards into one folder")
-    return shards
+def _check_numbers(headers: Sequence[Header]) -> None:
+    """Shards say which of how many they are."""
+    for i, header in enumerate(headers):
+        number, count = header.get("split.no", i), header.get("split.count", len(headers))
+        if len(headers) > 1 and (number, count) != (i, len(headers)):
+            message = f"is shard {number + 1} of {count} by its keys, {i + 1} of {len(headers)} by its name"
+            raise UserError(f"{header.path}: {message}", "give it its own name, or download it again")
 
 
 def _select(header: Header, wanted) -> Metadata:

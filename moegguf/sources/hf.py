@@ -24,6 +24,7 @@ from gguf import GGUFValue, GGUFValueType
 from moegguf.errors import UserError
 from moegguf.families import FAMILIES, Family, TensorName, gguf_name
 from moegguf.sources.blob import Blob, LocalFile
+from moegguf.sources.model_card import read_model_card
 from moegguf.sources.safetensors_file import Entry, read_entries
 from moegguf.sources.vocab import read_vocab
 from moegguf.tensor import Metadata, Source, Tensor, constant
@@ -65,7 +66,7 @@ def open_checkpoint(checkpoint: Checkpoint, pre: str | None = None) -> Source:
     return Source(
         ref=checkpoint.ref,
         label=checkpoint.label,
-        metadata=_metadata(family, config, checkpoint.label),
+        metadata=_metadata(family, config, checkpoint.label) | read_model_card(checkpoint.folder),
         tensors=_tensors(checkpoint, family, config, entries),
         read_vocab=lambda: read_vocab(checkpoint.folder, config["vocab_size"], pre),
         files=checkpoint.files,

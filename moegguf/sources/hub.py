@@ -50,12 +50,13 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, tqdm
 from moegguf.errors import UserError
 from moegguf.sources.blob import Blob, LocalFile
 from moegguf.sources.hf import INDEX, Checkpoint, open_checkpoint
+from moegguf.sources.model_card import README
 from moegguf.tensor import Source
 
 SMALL_FILES = (
     "config.json", "generation_config.json", INDEX,
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", README,
 )  # fmt: skip
 PAUSES_S = (0.5, 1.0, 2.0, 4.0)
 """Seconds before each further try of a read that failed for a passing reason."""

@@ -35,10 +35,12 @@ from moegguf.families import FAMILIES, TensorName, gguf_name
 from moegguf.quant import ggml
 from moegguf.sources.blob import LocalFile
 from moegguf.sources.hf import Checkpoint, read_json_object, rotary_order
+from moegguf.sources.model_card import README, read_model_card
 from moegguf.sources.safetensors_file import Entry, read_entries
-from moegguf.tensor import Lora, LowRank, Source, Tensor
+from moegguf.tensor import Lora, LowRank, Metadata, Source, Tensor
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+SMALL_FILES = (CONFIG, README)
 KEPT = 4
 """How many A of an adapter stay in memory: those of the tensors that a build is at, and of the next ones."""
 
@@ -68,12 +70,20 @@ def open_lora(adapter: Checkpoint, over: Source) -> Source:
     return Source(
         ref=adapter.ref,
         label=f"lora:{adapter.label}::{over.label}",
-        metadata=over.metadata,
+        metadata=_metadata(adapter, over),
         tensors={**over.tensors, **merged},
         read_vocab=over.read_vocab,
         files=(adapter.folder / CONFIG, adapter.folder / WEIGHTS, *over.files),
         lora=Lora(over, deltas),
+        expected=over.expected,
+        notes=over.notes,
     )
+
+
+def _metadata(adapter: Checkpoint, over: Source) -> Metadata:
+    """That of the model below, but for the licence: the adapter has its own."""
+    kept = {key: value for key, value in over.metadata.items() if not key.startswith("general.license")}
+    return kept | read_model_card(adapter.folder)
 
 
 def _merged(weight: Tensor, delta: LowRank, read_a: Callable[[], np.ndarray], label: str) -> Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from moegguf.edit import named_router, read_mix, write_adapter
+from moegguf.edit.finished import read_routed_mix
+from moegguf.edit.router import named_router, write_adapter
 from moegguf.recipe import RouterMode
 
 HELP = """\
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    mix = read_mix(args.file)
+    mix = read_routed_mix(args.file)
     is_noise = args.router.startswith(RouterMode.NOISY)
     router = named_router(mix, args.router, mix.card.k if is_noise else None)
     write_adapter(mix, router, args.output)

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 
 from moegguf.commands.options import check_range, named_refs
-from moegguf.edit import FinishedMix, read_mix
+from moegguf.edit.finished import FinishedMix, read_routed_mix
 from moegguf.errors import UserError, one_line
 from moegguf.recipe import FITTED, Pool, Recipe, RouterMode, Tap, find_recipes_file, load_recipe, parse_recipe
 from moegguf.routers.file import check_target, write_router
@@ -92,7 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     _check_numbers(args)
     check_target(args.output)  # before minutes go into what cannot be written
-    mix = read_mix(args.mix) if args.mix else None
+    mix = read_routed_mix(args.mix) if args.mix else None
     recipe = _recipe(args, mix)
     if mix:
         _check_room(mix, recipe)
@@ -129,7 +129,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
-    from moegguf.runtime.model import MAX_THREADS
+    from moegguf.runtime.run_options import MAX_THREADS
 
     if not 1 <= args.max_tokens <= MAX_TOKENS:
         raise UserError(f"--max-tokens {args.max_tokens}: expected 1 to {MAX_TOKENS}", "4000 is plenty")

@@ -10,7 +10,6 @@ Texts are cut into pieces of `--ctx` tokens, 512 by default, as in the work that
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import re
 import sys
@@ -26,8 +25,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 from rich.text import Text
 
-from moegguf.atomic import atomic_file
-from moegguf.commands.options import check_range, gpu_layers
+from moegguf.commands.options import (
+    add_device_arguments,
+    add_json_arguments,
+    check_range,
+    device_options,
+    report_json,
+)
 from moegguf.errors import UserError, one_line
 from moegguf.gguf_header import Header, read_header
 from moegguf.measure import plots
@@ -45,7 +49,7 @@ EXAMPLES = """\
 examples:
   moegguf route map mix.gguf --text math=gsm8k.jsonl --text code=code.txt
   moegguf route map mix.gguf --domains mymix --recipes my.toml -o map.png    the recipe's domains, and a figure
-  moegguf route map demo-noisy-Q8_0.gguf --text math=demo:math --text clinic=demo:clinic --json -
+  moegguf route map demo-noisy-Q8_0.gguf --text math=demo:math --text clinic=demo:clinic --json
 """
 
 DEFAULT_TOKENS = 4096
@@ -86,11 +90,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     output = parser.add_argument_group("output")
     output.add_argument("-o", "--png", type=Path, metavar="FILE", help="write the heat maps as .png, .svg or .pdf")
-    output.add_argument("--json", metavar="FILE", help="write all numbers as JSON; - is stdout, and nothing else then")
+    add_json_arguments(output)
     machine = parser.add_argument_group("machine")
     machine.add_argument("--ctx", type=int, metavar="N", help=f"tokens of the pieces that run (default: {DEFAULT_CTX})")
     machine.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: physical cores)")
-    machine.add_argument("--gpu-layers", metavar="N", default="0", help="layers to put on the GPU, or all (default: 0)")
+    add_device_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -111,12 +115,11 @@ def run(args: argparse.Namespace) -> int:
         domains = _measure(model, texts, args.max_tokens, args.segment)
     caches = sorted(set(args.cache) or choice.default_caches())
     report = Report(args.model.name, choice, args.segment, caches, domains)
-    if args.json != "-":
+    if not args.json:
         _print(Console(markup=False, highlight=False, emoji=False), report)
     if args.png:
         _draw(args.png, report)
-    if args.json:
-        _write_json(args.json, report)
+    report_json(args, _as_json(report))
     return 0
 
 
@@ -205,7 +208,7 @@ def _texts(args: argparse.Namespace) -> dict[str, list[Record]]:
 
 
 def _run_options(args: argparse.Namespace, header: Header) -> RunOptions:
-    from moegguf.runtime.model import MAX_THREADS, MIN_CTX, RunOptions
+    from moegguf.runtime.run_options import MAX_THREADS, MIN_CTX, RunOptions
 
     check_range("--ctx", args.ctx, MIN_CTX)
     check_range("--threads", args.threads, 1, MAX_THREADS)
@@ -213,7 +216,7 @@ def _run_options(args: argparse.Namespace, header: Header) -> RunOptions:
     return RunOptions(
         ctx=args.ctx or min(DEFAULT_CTX, trained),
         threads=args.threads,
-        gpu_layers=gpu_layers(args.gpu_layers),
+        offload=device_options(args),
     )
 
 
@@ -426,15 +429,6 @@ def _draw(path: Path, report: Report) -> None:
         path, one_line(title), panels, report.choice.experts, [str(layer) for layer in layers],
         across=min(len(report.domains), plots.PANELS_PER_ROW),
     )  # fmt: skip
-
-
-def _write_json(target: str, report: Report) -> None:
-    text = json.dumps(_as_json(report), indent=2) + "\n"
-    if target == "-":
-        sys.stdout.write(text)
-        return
-    with atomic_file(Path(target)) as file:
-        file.write(text.encode())
 
 
 def _as_json(report: Report) -> dict:

@@ -6,8 +6,9 @@ import argparse
 import time
 from pathlib import Path
 
-from moegguf.edit import named_router, read_mix, router_of, set_router
-from moegguf.journal import locked
+from moegguf.edit.finished import read_routed_mix
+from moegguf.edit.router import named_router, router_of, set_router
+from moegguf.journal import recover
 from moegguf.recipe import RouterSpec
 from moegguf.routers.file import write_router
 
@@ -15,7 +16,7 @@ HELP = """\
 Replace the router inside a finished mix: in place, in a moment, nothing is quantised again.
 
 The router that was there is kept beside the mix, in MIX.old-router.safetensors; --undo sets it again, which restores
-every byte. A crash in the middle leaves the old router: --recover puts back what was half written.
+every byte. A crash in the middle leaves the old router, if need be after `moegguf set MIX --recover`.
 """
 EXAMPLES = """\
 examples:
@@ -31,23 +32,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--router", metavar="ROUTER", help="FILE.safetensors, gateless, noisy or noisy:SEED")
     what.add_argument("--undo", action="store_true", help="set the router that the last change replaced")
-    what.add_argument("--recover", action="store_true", help="put back what an interrupted change left half written")
     parser.add_argument("--k", type=int, help="experts that run for each token (default: the router's; noisy: 2)")
     parser.add_argument("--std", type=float, help=f"noisy: standard deviation (default: {RouterSpec.std})")
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.recover:
-        with locked(args.file):
-            print(f"{args.file} is whole")
-        return 0
     start = time.monotonic()
-    mix = read_mix(args.file)
+    recover(args.file)
+    mix = read_routed_mix(args.file)
     kept = args.file.with_name(f"{args.file.name}.old-router.safetensors")
     router = named_router(mix, str(kept) if args.undo else args.router, args.k, args.std)
     old = router_of(mix)
     write_router(kept, old)
     set_router(mix, router)
-    print(f"{args.file}: {read_mix(args.file).card.describe_router()} ({time.monotonic() - start:.2f} s)")
+    print(f"{args.file}: {read_routed_mix(args.file).card.describe_router()} ({time.monotonic() - start:.2f} s)")
     print(f"the old router ({old.mode}) is in {kept}; to set it again: moegguf route set {args.file} --undo")
     return 0

@@ -1,71 +1,27 @@
-"""Changes to a finished mix, in seconds: nothing is quantised again and no tensor moves.
+"""Another router for a finished mix: in place, in a moment.
 
-A router is a few float32 matrices and some keys, so replacing it rewrites the header, into the room that the build
-kept free in it, and those matrices; everything goes through a journal. `read_mix` gives what is needed to judge a
-file; `set_router` changes it; the router it had can be set again, which restores every byte.
+A router is a few float32 matrices and some keys, so replacing it rewrites the header and those matrices. The router
+that the file had can be set again, which restores every byte.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from io import BufferedRandom
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from gguf import GGUFValue, GGUFValueType
 
+from moegguf.edit.change import refitted_header, with_card
+from moegguf.edit.finished import FinishedMix
 from moegguf.errors import UserError
-from moegguf.families import TensorName
-from moegguf.gguf_header import Header, TensorInfo, read_header
 from moegguf.journal import Patch, apply, locked
-from moegguf.metadata import PREFIX, SPARE, Card, read_card, spare_bytes
+from moegguf.metadata import Card
 from moegguf.recipe import Layout, RouterMode, RouterSpec
-from moegguf.routers import FFN, Router, Site, fit_into, make_router
+from moegguf.routers import Router, fit_into, make_router
 from moegguf.routers.file import read_router
 from moegguf.tensor import Metadata, Part, Planned, Slot, constant
-from moegguf.writer import header_bytes, unpadded_header_bytes, write_gguf
-
-
-@dataclass(frozen=True)
-class FinishedMix:
-    """A mix as a file. `sites` are the tensors that hold its router."""
-
-    header: Header
-    card: Card
-    sites: Mapping[Site, TensorInfo]
-
-    @property
-    def path(self) -> Path:
-        return self.header.path
-
-    @property
-    def expert_names(self) -> tuple[str, ...]:
-        return tuple(expert.name for expert in self.card.experts)
-
-    @property
-    def widths(self) -> dict[Site, int]:
-        """The size of what each router sees."""
-        return {site: info.shape[-1] for site, info in self.sites.items()}
-
-
-def read_mix(path: Path) -> FinishedMix:
-    """The finished mix at `path`. Raises UserError when it is no mix of ours, or has no router in it."""
-    header = read_header(path)
-    card = read_card(header)
-    if card is None:
-        raise UserError(f"{path}: was not made by moegguf, so its experts are unknown", "pass a mix that it built")
-    names = {name: TensorName.parse(name) for name in header.tensors}
-    routers = {name: parsed.layer for name, parsed in names.items() if parsed.role == "ffn_gate_inp"}
-    sites = {(layer or 0, FFN): header.tensors[name] for name, layer in routers.items()}
-    if not sites:
-        raise UserError(
-            f"{path}: has no router in it: layout {card.layout} holds one FFN for all experts",
-            "build the mix with layout mixtral",
-        )
-    if wrong := [info for info in sites.values() if info.type.name != "F32" or len(info.shape) != 2]:
-        raise UserError(f"{path}: {wrong[0].name} is {wrong[0].type.name}, expected an F32 matrix", "build it again")
-    return FinishedMix(header, card, dict(sorted(sites.items())))
+from moegguf.writer import header_bytes, write_gguf
 
 
 def router_of(mix: FinishedMix) -> Router:
@@ -76,11 +32,8 @@ def router_of(mix: FinishedMix) -> Router:
         for site, info in mix.sites.items():
             file.seek(info.offset)
             matrices[site] = np.frombuffer(file.read(info.nbytes), "<f4").reshape(info.shape)
-    routed = tuple(name for name in mix.expert_names if name != card.always_on)
-    if card.is_gateless:
-        routed = mix.expert_names
     return Router(
-        RouterMode(card.router), routed, card.k, matrices, card.always_on, card.shared, card.std, card.seed,
+        RouterMode(card.router), mix.routed_names, card.k, matrices, card.always_on, card.shared, card.std, card.seed,
         card.settings,
     )  # fmt: skip
 
@@ -135,11 +88,13 @@ def accept(mix: FinishedMix, router: Router, spec: RouterSpec, where: str) -> Ro
 def _layout_fault(mix: FinishedMix, router: Router) -> UserError | None:
     """Factors that a build folds into the down projections bind a file to routers of their kind."""
     card = mix.card
+    if not mix.sites and not router.is_gateless:
+        return UserError(f"{mix.path}: has no router in it: layout {card.layout}", "build it as mixtral")
     if card.layout == Layout.SHARED and card.is_gateless:
         return UserError(f"{mix.path}: its shared group always runs, so no router can choose", "build it as mixtral")
     if router.is_gateless and card.layout == Layout.SHARED:
         return UserError(f"{mix.path}: {card.always_on} is always on in it, gate-less has no such", "build it again")
-    if len({expert.weight for expert in card.experts}) > 1 and not router.is_gateless:
+    if card.is_weighted and not router.is_gateless:
         return UserError(
             f"{mix.path}: its experts have weights, which are folded into them: no router can take their place",
             "build it without weights",
@@ -159,27 +114,20 @@ def set_router(mix: FinishedMix, router: Router) -> None:
         for site, info in mix.sites.items()
     ]
     with locked(mix.path) as file:
-        apply(mix.path, file, [Patch(0, _with_router(mix, file, router)), *matrices])
+        header = refitted_header(mix, file, _rerouted(mix, router))
+        apply(mix.path, file, [header, *matrices])
 
 
-def _with_router(mix: FinishedMix, file: BufferedRandom, router: Router) -> bytes:
-    """The header of the file with the keys of another router, as long as it was."""
-    metadata = {key: mix.header.value(key) for key in mix.header.fields}
-    old = _header(mix, metadata)
-    file.seek(0)
-    if file.read(len(old)) != old or SPARE not in metadata:
-        raise UserError(f"{mix.path}: its header was changed by another program", "build the mix again")
-    changed = _rerouted(mix, router, metadata)
-    n_spare = len(metadata[SPARE].value) + len(old) - len(_header(mix, changed))
-    if n_spare < 1:
-        raise UserError(f"{mix.path}: its header has no room for this router's settings", "build the mix again")
-    return _header(mix, changed | spare_bytes(n_spare))
+def _rerouted(mix: FinishedMix, router: Router) -> Metadata:
+    """The keys of the file with those of `router`."""
+    used = GGUFValue(router.k - 1 if router.always_on else router.k, GGUFValueType.UINT32)
+    return with_card(mix.metadata | {f"{mix.arch}.expert_used_count": used}, card_with(mix.card, router))
 
 
-def _rerouted(mix: FinishedMix, router: Router, metadata: Metadata) -> Metadata:
-    """`metadata` with the keys of `router`, in the order that a build writes."""
-    card = replace(
-        mix.card,
+def card_with(card: Card, router: Router) -> Card:
+    """`card` with what it says of the router."""
+    return replace(
+        card,
         router=router.mode,
         k=router.k,
         std=router.std,
@@ -188,15 +136,6 @@ def _rerouted(mix: FinishedMix, router: Router, metadata: Metadata) -> Metadata:
         settings=router.settings,
         router_digest=router.digest if router.is_stored else "",
     )
-    stock = {key: value for key, value in metadata.items() if not key.startswith(PREFIX)}
-    used = GGUFValue(router.k - 1 if router.always_on else router.k, GGUFValueType.UINT32)
-    stock[f"{mix.header.get('general.architecture')}.expert_used_count"] = used
-    return stock | card.to_metadata() | {SPARE: metadata[SPARE]}
-
-
-def _header(mix: FinishedMix, metadata: Metadata) -> bytes:
-    tensors = sorted(mix.header.tensors.values(), key=lambda info: info.offset)
-    return unpadded_header_bytes(mix.header.get("general.architecture"), metadata, tensors)
 
 
 def write_adapter(mix: FinishedMix, router: Router, output: Path) -> None:
@@ -223,11 +162,11 @@ def write_adapter(mix: FinishedMix, router: Router, output: Path) -> None:
         )
     ]
     planned = [Planned(Slot(tensor.name, tensor.shape, ((Part(tensor),),)), tensor.type) for tensor in tensors]
-    arch, string = mix.header.get("general.architecture"), GGUFValueType.STRING
+    string = GGUFValueType.STRING
     metadata = {
         "general.type": GGUFValue("adapter", string),
         "general.name": GGUFValue(f"{mix.card.name}, {router.mode} router", string),
         "adapter.type": GGUFValue("lora", string),
         "adapter.lora.alpha": GGUFValue(float(len(router.experts)), GGUFValueType.FLOAT32),
     }
-    write_gguf(output, header_bytes(arch, metadata, planned), planned, 1, lambda n_bytes: None)
+    write_gguf(output, header_bytes(mix.arch, metadata, planned), planned, 1, lambda n_bytes: None)

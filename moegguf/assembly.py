@@ -7,10 +7,9 @@ known in advance come before the first byte is written. `build` then writes the 
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,20 +24,23 @@ from gguf import (
 
 from moegguf import __version__
 from moegguf.assign import assign_types
+from moegguf.atomic import check_space
 from moegguf.errors import UserError
 from moegguf.families import PER_LAYER_WIDTHS
 from moegguf.layouts import lay_out
-from moegguf.metadata import SPARE_BYTES, Card, CompactCard, ExpertCard, spare_bytes
-from moegguf.mix import Mix, make_mix, with_imatrices
+from moegguf.metadata import SPARE_BYTES, Card, CompactCard, ExpertCard, SplitCard, spare_bytes
+from moegguf.mix import Mix, base_faults, make_mix, with_imatrices, with_imatrix
 from moegguf.quant.imatrix import Imatrix, read_imatrix, with_importance, with_trunk_importance
 from moegguf.quant.neurons import Compaction, width
 from moegguf.quant.presets import preset, presets
-from moegguf.quant.type_plan import read_type_plan
-from moegguf.recipe import ExpertSpec, Mixed, QuantSpec, Recipe
+from moegguf.quant.split import Split, fine_sizes, split_neurons
+from moegguf.quant.type_plan import SplitRule, read_type_plan
+from moegguf.recipe import ExpertSpec, Layout, Mixed, QuantSpec, Recipe, Splitting
 from moegguf.routers import Router
 from moegguf.routers.file import read_router
 from moegguf.sources import OpenOptions, open_source
-from moegguf.tensor import Form, Metadata, Planned
+from moegguf.sources.blob import sha256_of
+from moegguf.tensor import Expected, Form, Metadata, Planned
 from moegguf.writer import Requantised, data_bytes, header_bytes, write_gguf
 
 TAGS = ("moe", "merge", "moegguf")
@@ -60,6 +62,17 @@ class Plan:
     @property
     def n_bytes(self) -> int:
         return len(self.header) + data_bytes(self.planned)
+
+    @property
+    def to_verify(self) -> tuple[Expected, ...]:
+        """The files of its sources whose digests are known, each once."""
+        sources = (self.mix.base, *(expert.source for expert in self.mix.experts))
+        return tuple(dict.fromkeys(file for source in sources for file in source.expected))
+
+    @property
+    def n_bytes_to_do(self) -> int:
+        """What `build` tells its progress in all: bytes to verify, and bytes of tensor data to write."""
+        return sum(file.n_bytes for file in self.to_verify) + sum(tensor.nbytes for tensor in self.planned)
 
     @property
     def n_weights(self) -> int:
@@ -109,15 +122,73 @@ def plan_build(
         _check_compactable(mix)
         mix = replace(mix, compaction=compaction)
     _check_target_is_no_source(recipe.output, mix)
-    form = lay_out(mix, recipe.layout)
     imatrix = read_imatrix(recipe.folder / recipe.imatrix) if recipe.imatrix else None
-    of_experts = [expert.imatrix for expert in mix.experts if expert.imatrix]
-    form = with_importance(form, imatrix) if imatrix else with_trunk_importance(form, of_experts)
-    plan = _typed(recipe, mix, form, imatrix)
+    mix, form = _laid_out(recipe, mix, imatrix)
+    plan = _typed(_splittable(recipe, mix), mix, form, imatrix)
     if not recipe.quant.plan:
         return plan
     found = read_type_plan(recipe.folder / recipe.quant.plan)
+    if found.split:
+        plan = with_split(plan, _split_again(found.path, found.split, mix))
     return with_types(plan, found.types_for(plan.planned), found.chosen_for)
+
+
+def _laid_out(recipe: Recipe, mix: Mix, imatrix: Imatrix | None) -> tuple[Mix, Form]:
+    """`mix` and its form, with what is known of their inputs."""
+    if imatrix is None:
+        of_experts = [expert.imatrix for expert in mix.experts if expert.imatrix]
+        return mix, with_trunk_importance(lay_out(mix, recipe.layout), of_experts)
+    mix, rest = with_imatrix(mix, imatrix)
+    return mix, with_importance(lay_out(mix, recipe.layout), rest)
+
+
+def with_split(plan: Plan, split: Split) -> Plan:
+    """`plan` with the neurons of its gate-less mix in two groups; the types are those of its preset."""
+    recipe = replace(plan.recipe, layout=Layout.SHARED)
+    mix, form = _laid_out(recipe, replace(plan.mix, split=split), plan.imatrix)
+    return _typed(recipe, mix, form, plan.imatrix)
+
+
+def _splittable(recipe: Recipe, mix: Mix) -> Recipe:
+    """`recipe`, not to be split where that was not asked for and cannot be. Raises UserError where it was."""
+    quant = recipe.quant
+    if quant.split is Splitting.NONE or (fault := _split_fault(mix, quant.split)) is None:
+        return recipe
+    if quant.split is not Splitting.AUTO:
+        raise fault
+    return replace(recipe, quant=replace(quant, split=Splitting.NONE))
+
+
+def _split_fault(mix: Mix, by: Splitting) -> UserError | None:
+    """Why the neurons of a gate-less mix cannot be split."""
+    if faults := base_faults(mix.base, Layout.SHARED):
+        return faults[0]
+    n, n_ff = len(mix.experts), int(mix.base.hparam("feed_forward_length"))
+    if not fine_sizes(n, n_ff, by):
+        return UserError(
+            f"{mix.base.ref}: {n} × {n_ff} neurons a layer are too few to split by {by}", "choose split = 'none'"
+        )
+    if mix.energies is None:
+        return UserError(
+            "a split goes by what enters ffn_down, and no importance matrix says that of all experts",
+            "pass --imatrix FILE (see `moegguf calibrate`), or choose split = 'none'",
+        )
+    return None
+
+
+def _split_again(path: Path, rule: SplitRule, mix: Mix) -> Split:
+    """The split that a plan of types was made with."""
+    if not mix.router.is_gateless or mix.compaction or len(mix.layers) < mix.n_layer or mix.is_dense:
+        raise UserError(f"{path}: splits a gate-less mix of whole FFNs, which this is not", "make a plan for this mix")
+    if fault := _split_fault(mix, rule.by):
+        raise UserError(f"{path}: {fault.message}", fault.mend)
+    split = split_neurons(mix.energies, rule.by, rule.fine)
+    if split.digest != rule.digest:
+        raise UserError(
+            f"{path}: was made with another imatrix or for another mix: other neurons are fine by this one",
+            "pass the imatrix that it was made with, or make it again",
+        )
+    return split
 
 
 def with_types(plan: Plan, types: Mapping[str, GGMLQuantizationType], chosen_for: str) -> Plan:
@@ -151,7 +222,7 @@ def open_mix(recipe: Recipe, *, router: Router | None = None, stream: bool = Fal
 
 
 def build(plan: Plan, *, threads: int | None = None, progress: Callable[[int], None] = lambda n_bytes: None) -> Built:
-    """Write a plan. `progress` hears the bytes of tensor data as they are written.
+    """Write a plan. `progress` hears the bytes as they are verified and written, `plan.n_bytes_to_do` in all.
 
     Raises UserError for weights that cannot be used and when the disk is too small; then no file is left.
     """
@@ -164,10 +235,22 @@ def build(plan: Plan, *, threads: int | None = None, progress: Callable[[int], N
         raise UserError(
             f"recipe {plan.recipe.name}: what a compact mix merges has not been chosen yet", "run `moegguf build`"
         )
-    _check_space(plan)
+    mend = "free some space, choose another -o, or a smaller --quant"
+    check_space(plan.path.parent, plan.n_bytes, "the mix", mend)
     start = time.monotonic()
+    verify(plan.to_verify, progress)
     written = write_gguf(plan.path, plan.header, plan.planned, threads or usable_cores(), progress)
     return Built(plan, written.n_bytes, time.monotonic() - start, written.requantised)
+
+
+def verify(files: Iterable[Expected], progress: Callable[[int], None]) -> None:
+    """Raises UserError where a file is not what the store that it comes from says."""
+    for file in files:
+        if (found := sha256_of(file.path, progress)) != file.sha256:
+            raise UserError(
+                f"{file.path}: its SHA-256 is {found[:12]}…, expected {file.sha256[:12]}…: the file is damaged",
+                "fetch the model again",
+            )
 
 
 def _check_expressible(recipe: Recipe) -> None:
@@ -221,15 +304,6 @@ def _check_target_is_no_source(path: Path, mix: Mix) -> None:
             raise UserError(f"{path}: is also a source ({source.ref}) of this mix", "choose another -o")
 
 
-def _check_space(plan: Plan) -> None:
-    free = shutil.disk_usage(plan.path.parent).free
-    if free < plan.n_bytes:
-        raise UserError(
-            f"{plan.path.parent}: {free / 1e9:.2f} GB are free, the mix needs {plan.n_bytes / 1e9:.2f} GB",
-            "free some space, choose another -o, or a smaller --quant",
-        )
-
-
 def _metadata(recipe: Recipe, mix: Mix, form: Form, imatrix: Imatrix | None) -> Metadata:
     """What stock runtimes read: `general.*`, the architecture, the tokenizer of the base."""
     metadata = _general(recipe, mix, form) | form.metadata | mix.base.read_vocab()
@@ -260,13 +334,14 @@ def _general(recipe: Recipe, mix: Mix, form: Form) -> Metadata:
         "general.architecture": GGUFValue(form.arch, string),
         "general.type": GGUFValue("model", string),
         "general.name": GGUFValue(recipe.name, string),
-        "general.size_label": GGUFValue(_size_label(form, mix), string),
+        "general.size_label": GGUFValue(size_label_of(form, len(mix.experts)), string),
         "general.tags": GGUFValue(list(TAGS), GGUFValueType.ARRAY, string),
         "general.quantization_version": GGUFValue(GGML_QUANT_VERSION, GGUFValueType.UINT32),
     }
     if recipe.description:
         general["general.description"] = GGUFValue(recipe.description, string)
     if recipe.license:
+        general = {key: value for key, value in general.items() if not key.startswith("general.license")}
         general["general.license"] = GGUFValue(recipe.license, string)
     return general | base_models([mix.base.label, *(expert.source.label for expert in mix.experts)])
 
@@ -290,11 +365,11 @@ def _parent(label: str) -> dict[str, str]:
     return {"name": name, "organization": organization, "repo_url": f"https://huggingface.co/{repo}"}
 
 
-def _size_label(form: Form, mix: Mix) -> str:
+def size_label_of(form: Form, n_experts: int) -> str:
     """4x7B and the like, as gguf makes it from the weights outside and inside the experts."""
-    expert = sum(slot.n_weights for slot in form.slots if slot.preset) // len(mix.experts)
+    expert = sum(slot.n_weights for slot in form.slots if slot.preset) // n_experts
     rest = sum(slot.n_weights for slot in form.slots if not slot.preset)
-    return size_label(rest + expert * len(mix.experts), rest, expert, len(mix.experts))
+    return size_label(rest + expert * n_experts, rest, expert, n_experts)
 
 
 def _card(recipe: Recipe, mix: Mix) -> Card:
@@ -307,7 +382,10 @@ def _card(recipe: Recipe, mix: Mix) -> Card:
         k=router.k,
         base=mix.base.label,
         quant=recipe.quant.label,
-        experts=tuple(ExpertCard(e.name, e.source.label, e.weight, quant_of(recipe, e.spec)) for e in mix.experts),
+        experts=tuple(
+            ExpertCard(e.name, e.source.label, e.weight, quant_of(recipe, e.spec), e.source.licence)
+            for e in mix.experts
+        ),
         std=router.std,
         seed=router.seed,
         always_on=router.always_on,
@@ -318,6 +396,8 @@ def _card(recipe: Recipe, mix: Mix) -> Card:
         trunk=recipe.trunk,
         layers=recipe.layers,
         compact=_compact_card(mix),
+        split=SplitCard(mix.split.by, mix.split.n_fine, mix.split.n_neurons, mix.split.digest) if mix.split else None,
+        base_licence=mix.base.licence,
     )
 
 

@@ -1,0 +1,45 @@
+"""`moegguf merge`: the file that several parts were split from."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from moegguf.assembly import usable_cores
+from moegguf.commands.changes import MAX_THREADS, add_common, add_output, bytes_done, check_output
+from moegguf.commands.options import check_range
+from moegguf.edit.shards import plan_merge, write_merged
+from moegguf.sizes import show_size
+
+HELP = """\
+Put the parts of a split GGUF file together, whoever split it: all of them must be there, and be parts of one file.
+"""
+EXAMPLES = """\
+examples:
+  moegguf merge mix-00001-of-00003.gguf -o mix.gguf
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="PART", help="one of the parts; the others are looked for beside it")
+    add_output(parser, required=True)
+    add_common(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    check_range("--threads", args.threads, 1, MAX_THREADS)
+    check_output(args)
+    merged = plan_merge(args.file, args.output, overwrite=args.force)
+    with bytes_done("writing", merged.n_tensor_bytes) as progress:
+        write_merged(merged, threads=args.threads or usable_cores(), progress=progress)
+    if args.json:
+        json.dump({"file": str(merged.path), "bytes": merged.n_bytes}, sys.stdout, indent=2)
+        print()
+    else:
+        console = Console(markup=False, highlight=False, soft_wrap=True)
+        console.print(f"wrote {merged.path} ({show_size(merged.n_bytes)})")
+    return 0
