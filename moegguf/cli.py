@@ -37,6 +37,7 @@ COMMANDS = {
     "measure": "say how far models are from a reference, in KL divergence",
     "plan": "say where a model would go on this machine or another, and how fast it runs",
     "worker": "lend this machine's GPUs or CPU to another one",
+    "bench": "measure how fast a file runs here",
     "recipes": "list the mixes that models.toml offers",
     "doctor": "say what this machine can run",
     "completion": "complete commands and flags in your shell",

@@ -1,0 +1,93 @@
+"""What a benchmark counts, not how fast anything is."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+
+from conftest import build_mix
+from moegguf.cli import main
+from moegguf.gguf_header import read_header
+from moegguf.runtime.bench import Lengths, bench
+from moegguf.runtime.model import RunOptions
+
+FLAGS = ("--threads", "1", "--prompt", "7,40", "--generate", "5", "--repeat", "3")
+
+
+@pytest.fixture(scope="module")
+def mixes(family, tmp_path_factory) -> dict[str, Path]:
+    """The same three experts as one dense FFN, and as a stack of which two run for a token."""
+    tiny, folder = family("llama3_like"), tmp_path_factory.mktemp("bench")
+    router = {"mode": "noisy", "k": 2}
+    return {
+        "fused": build_mix(folder / "fused.gguf", tiny.base, tiny.experts, layout="fused"),
+        "noisy": build_mix(folder / "noisy.gguf", tiny.base, tiny.experts, router=router),
+    }
+
+
+def run(capsys, *argv: object) -> dict:
+    assert main(["bench", *map(str, argv), *FLAGS, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_speeds_are_tokens_over_seconds_of_every_run(mixes, capsys):
+    found = run(capsys, mixes["fused"], "--compare", mixes["noisy"])
+    assert [each["path"] for each in found["models"]] == [str(mixes["fused"]), str(mixes["noisy"])]
+    assert found["stream_bytes_per_s"] > 1e8
+    for each in found["models"]:
+        assert [rate["n_tokens"] for rate in each["prompts"]] == [7, 40]
+        assert [rate["n_tokens"] for rate in each["generations"]] == [5]
+        for rate in each["prompts"] + each["generations"]:
+            speeds = [rate["n_tokens"] / seconds for seconds in rate["seconds"]]
+            assert len(speeds) == 3
+            assert rate["tokens_per_s"] == pytest.approx(statistics.fmean(speeds))
+            assert rate["stdev"] == pytest.approx(statistics.stdev(speeds))
+        assert each["first_token_seconds"]["40"] == pytest.approx(40 / each["prompts"][1]["tokens_per_s"])
+        assert each["load_seconds"] > 0 and each["resident_bytes"] > 0
+
+
+def test_a_token_reads_all_but_the_embedding_and_of_a_stack_the_experts_that_run(mixes, capsys):
+    for name, share in (("fused", 1), ("noisy", 2 / 3)):
+        tensors = read_header(mixes[name]).tensors.values()
+        rest = sum(info.nbytes for info in tensors if "_exps" not in info.name and info.name != "token_embd.weight")
+        stacked = sum(info.nbytes for info in tensors if "_exps" in info.name)
+        row = next(info.nbytes // info.shape[0] for info in tensors if info.name == "token_embd.weight")
+        (found,) = run(capsys, mixes[name])["models"]
+        assert found["touched_bytes_per_token"] == pytest.approx(rest + stacked * share, abs=row + 8)
+        assert found["bytes_per_s"] == pytest.approx(
+            found["touched_bytes_per_token"] * found["generations"][0]["tokens_per_s"]
+        )
+
+
+def test_progress_counts_every_token_the_warm_up_included(mixes):
+    heard: list[int] = []
+    lengths = Lengths(prompts=(600, 3), generations=(2,), repeat=2)
+    bench(mixes["fused"], RunOptions(threads=1, ctx=640), lengths, heard.append)
+    assert sum(heard) == lengths.n_tokens == 2 * 605 + 600 + 1
+    assert max(heard) == 512
+
+
+def test_the_table_names_files_and_ratios(mixes, capsys):
+    assert main(["bench", str(mixes["fused"]), "--compare", str(mixes["noisy"]), *FLAGS]) == 0
+    said = capsys.readouterr().out
+    for words in ("fused.gguf", "noisy.gguf", "ratio", "prompt of 40", "generation of 5", "% of the machine's"):
+        assert words in said
+
+
+@pytest.mark.parametrize(("flags", "reason"), [
+    (("--prompt", "many"), "--prompt many: expected numbers of tokens"),
+    (("--prompt", "-5"), "--prompt"),
+    (("--prompt", "0", "--generate", "0"), "leave nothing to measure"),
+    (("--prompt", "100000"), "its context is"),
+    (("--repeat", "0"), "--repeat 0: expected a whole number from 1"),
+    (("--threads", "0"), "--threads 0"),
+    (("--experts-used", "2"), "the file has no router"),
+    (("--compare", "nothing.gguf"), "nothing.gguf"),
+])  # fmt: skip
+def test_a_mistake_is_one_line(flags, reason: str, mixes, capsys):
+    assert main(["bench", str(mixes["fused"]), *FLAGS, *flags]) == 2
+    error = capsys.readouterr().err
+    assert reason in error and error.count("\n") == 1
