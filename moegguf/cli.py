@@ -22,6 +22,7 @@ from moegguf.errors import UserError, one_line
 COMMANDS = {
     "build": "mix fine-tunes of one model into a single quantised MoE GGUF",
     "chat": "talk to a mix, or to any GGUF",
+    "serve": "offer mixes over HTTP: OpenAI's API, and a web page for chatting",
     "inspect": "show what is in a mix, and check that it is sound",
     "route": "fit a router, put it into a mix, export it, draw what it does",
     "swap": "put another model in the place of an expert of a finished mix",

@@ -1,0 +1,230 @@
+"""`moegguf serve`: one mix or several behind OpenAI's API and a web page for chatting, until Ctrl-C."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moegguf.commands.options import add_device_arguments, add_memory_arguments, check_range, run_options
+from moegguf.errors import UserError
+
+if TYPE_CHECKING:
+    from moegguf.runtime.run_options import RunOptions
+    from moegguf.runtime.serve.address import Address
+    from moegguf.runtime.serve.front import Door
+    from moegguf.runtime.serve.models import Served
+
+HELP = """\
+Serve mixes, or any GGUFs that llama.cpp runs, over HTTP: OpenAI's API (chat, completions, embeddings), a web page for
+chatting, /metrics and /health. Several files are several models, each under its name. The server is llama.cpp's own,
+from the xllamacpp package: pip install 'moegguf[serve]'.
+
+Requests are answered at the same time, as many as there are slots; more wait. Answers under way are finished when the
+server is stopped with Ctrl-C or SIGTERM; a second Ctrl-C breaks them off.
+"""
+EXAMPLES = """\
+examples:
+  moegguf serve mix.gguf                                        http://127.0.0.1:8080, for this machine alone
+  moegguf serve mix.gguf code=coder.gguf --parallel 8           two models: "mix" and "code"
+  moegguf serve mix.gguf --host 0.0.0.0 --api-key-file key.txt --tls-cert cert.pem --tls-key key.pem
+
+  moegguf serve mix.gguf --adapter math.gguf --adapter law.gguf     routers that requests choose between
+    A request takes a router with "lora": [{"id": 0, "scale": 1}] beside its "messages": id 0 is the first file, and
+    all others are off. In Python: client.chat.completions.create(..., extra_body={"lora": [{"id": 0, "scale": 1}]}).
+    Without "lora" it gets the file's own router.
+"""
+_KEY_VARIABLE = "MOEGGUF_API_KEY"
+_MAX_SLOTS = 256  # LLAMA_MAX_SEQ of llama.cpp
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "models", nargs="+", metavar="[NAME=]FILE",
+        help="GGUF files (first parts of split ones); a model's name is its file's unless one is given",
+    )  # fmt: skip
+    parser.add_argument(
+        "--adapter", action="append", default=[], metavar="[NAME=]FILE",
+        help="a LoRA GGUF, say a router from `moegguf route export`, that requests can switch on; NAME of its model "
+        "where there are several; may be repeated",
+    )  # fmt: skip
+
+    where = parser.add_argument_group("address")
+    where.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
+    where.add_argument("--port", type=int, default=8080, help="0 takes one that is free (default: 8080)")
+    where.add_argument("--tls-cert", type=Path, metavar="FILE", help="certificate (PEM): serve https")
+    where.add_argument("--tls-key", type=Path, metavar="FILE", help="its private key (PEM)")
+
+    who = parser.add_argument_group("access")
+    who.add_argument(
+        "--api-key", metavar="KEY",
+        help=f"let in only who sends this key; other users see it in the list of processes, so better ${_KEY_VARIABLE} "
+        "or --api-key-file",
+    )  # fmt: skip
+    who.add_argument("--api-key-file", type=Path, metavar="FILE", help="the key is this file's only line")
+    who.add_argument(
+        "--i-know-it-is-unauthenticated", action="store_true",
+        help="listen to other machines without a key",
+    )  # fmt: skip
+
+    machine = parser.add_argument_group("machine")
+    machine.add_argument(
+        "--parallel", type=int, default=4, metavar="N", help="slots: requests answered at the same time (default: 4)"
+    )
+    machine.add_argument(
+        "--ctx", type=int, metavar="N",
+        help="tokens of each slot, for history and answer; memory is taken for N times --parallel "
+        "(default: the model's own, at most 4096)",
+    )  # fmt: skip
+    machine.add_argument(
+        "--batch", type=int, default=512, metavar="N",
+        help="tokens evaluated at once, and the longest text to embed (default: 512)",
+    )  # fmt: skip
+    machine.add_argument("--threads", type=int, metavar="N", help="CPU threads of each model (default: physical cores)")
+    machine.add_argument("-v", "--verbose", action="store_true", help="show llama.cpp's log on stderr")
+    add_device_arguments(parser)
+    add_memory_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until Ctrl-C or SIGTERM. Raises UserError; KeyboardInterrupt while models are still being loaded."""
+    from moegguf.runtime.serve.serving import check_installed, serve
+
+    check_installed()
+    address = _address(args)
+    door = _door(args, address)
+    models = _models(args)
+
+    def ready(url: str) -> None:
+        print("\n".join(_what_is_served(models, url, has_key=door.key is not None)), flush=True)
+
+    serve(models, address, door, ready=ready, note=lambda text: print(text, file=sys.stderr, flush=True))
+    return 0
+
+
+def _address(args: argparse.Namespace) -> Address:
+    from moegguf.runtime.serve.address import Address
+
+    check_range("--port", args.port, 0, 65535)
+    if (args.tls_cert is None) != (args.tls_key is None):
+        raise UserError("--tls-cert and --tls-key belong together", "pass both, or none")
+    return Address(args.host, args.port, (args.tls_cert, args.tls_key) if args.tls_cert else None)
+
+
+def _door(args: argparse.Namespace, address: Address) -> Door:
+    """Raises UserError for a bad key, and for none where other machines can come in."""
+    from moegguf.runtime.serve.address import is_loopback
+    from moegguf.runtime.serve.front import Door
+
+    key, is_local = _api_key(args), is_loopback(address)
+    if not is_local and key is None and not args.i_know_it_is_unauthenticated:
+        raise UserError(
+            f"--host {args.host}: other machines could use the server without a key",
+            f"set ${_KEY_VARIABLE} or --api-key-file, or say --i-know-it-is-unauthenticated",
+        )
+    if not is_local and key is not None and address.tls is None:
+        print("the key travels in the clear: --tls-cert and --tls-key encrypt it", file=sys.stderr)
+    return Door(key, names=frozenset({args.host.lower()}) if is_local else None)
+
+
+def _api_key(args: argparse.Namespace) -> str | None:
+    """The flag's, then the file's, then the environment's."""
+    if args.api_key is not None and args.api_key_file is not None:
+        raise UserError("--api-key and --api-key-file are two keys", "pass one of them")
+    if args.api_key is not None:
+        key, where = args.api_key, "--api-key"
+    elif args.api_key_file is not None:
+        key, where = _text(args.api_key_file), str(args.api_key_file)
+    elif _KEY_VARIABLE in os.environ:
+        key, where = os.environ[_KEY_VARIABLE], f"${_KEY_VARIABLE}"
+    else:
+        return None
+    if not re.fullmatch(r"[!-~]+", key):
+        raise UserError(f"{where}: a key is one line of letters, digits and signs, without blanks", "write another")
+    return key
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})", "check the path and its permissions") from error
+
+
+def _models(args: argparse.Namespace) -> list[Served]:
+    """Every model with its adapters, checked. Raises UserError with all faults that are found."""
+    from moegguf.runtime.serve.models import prepare
+
+    paths = _named_paths(args.models)
+    adapters = _adapters(args.adapter, list(paths))
+    options = _run_options(args)
+    return [prepare(name, path, options, slots=args.parallel, adapters=adapters[name]) for name, path in paths.items()]
+
+
+def _run_options(args: argparse.Namespace) -> RunOptions:
+    from moegguf.runtime.run_options import MAX_THREADS, MIN_CTX
+
+    check_range("--parallel", args.parallel, 1, _MAX_SLOTS)
+    check_range("--ctx", args.ctx, MIN_CTX, (2**31 - 1) // args.parallel)
+    check_range("--batch", args.batch, 32)
+    check_range("--threads", args.threads, 1, MAX_THREADS)
+    return replace(run_options(args), ctx=args.ctx, batch=args.batch, threads=args.threads, verbose=args.verbose)
+
+
+def _named_paths(texts: Sequence[str]) -> dict[str, Path]:
+    """Name → file. Raises UserError for a name that occurs twice."""
+    named = [_name_and_path(text) for text in texts]
+    twice = [name for name, count in Counter(name for name, _ in named).items() if count > 1]
+    if twice:
+        raise UserError(f"two models are called {twice[0]!r}", f"name one of them, say other={named[-1][1]}")
+    return dict(named)
+
+
+def _name_and_path(text: str) -> tuple[str, Path]:
+    name, is_given, path = text.partition("=")
+    if is_given and name and not Path(text).exists():
+        return name, Path(path)
+    return re.sub(r"-\d{5}-of-\d{5}$", "", Path(text).stem), Path(text)
+
+
+def _adapters(texts: Sequence[str], names: Sequence[str]) -> dict[str, list[Path]]:
+    """Name of a model → its adapters, in the order of their ids. Raises UserError when it is not clear whose one is."""
+    found: dict[str, list[Path]] = {name: [] for name in names}
+    for text in texts:
+        name, _, path = text.partition("=")
+        if path and name in found:
+            found[name].append(Path(path))
+        elif len(names) == 1:
+            found[names[0]].append(Path(text))
+        else:
+            raise UserError(
+                f"--adapter {text}: for which model?", f"say NAME={path or text}, NAME of {', '.join(names)}"
+            )
+    return found
+
+
+def _what_is_served(models: Sequence[Served], url: str, *, has_key: bool) -> list[str]:
+    key = " -H 'Authorization: Bearer KEY'" if has_key else ""
+    body = f'{{"model": "{models[0].settings.name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+    return [
+        *(line for served in models for line in _about(served)),
+        f"web page         {url}",
+        f"OpenAI base URL  {url}/v1",
+        f"try              curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'",
+        "Ctrl-C stops it",
+    ]
+
+
+def _about(served: Served) -> list[str]:
+    settings, card = served.settings, served.card
+    kind = f"{len(card.experts)} experts, router {card.router}" if card else "no mix, a plain model"
+    return [
+        f"serving          {settings.name} ({kind}): {settings.slots} slots of {settings.ctx} tokens each",
+        *(f"                 adapter {number}: {path}" for number, path in enumerate(settings.adapters)),
+    ]
