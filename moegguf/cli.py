@@ -32,6 +32,7 @@ COMMANDS = {
     "set": "change a mix's name, licence or template, or how many experts run",
     "split": "cut a GGUF file into parts of a given size",
     "merge": "put the parts of a split GGUF file together",
+    "export": "hand a mix to Ollama, to LM Studio, or to the Hugging Face Hub",
     "train": "learn a router from text in PyTorch, all else frozen",
     "calibrate": "importance matrices from text, for builds at few bits",
     "eval": "measure models side by side on tasks, or by standard benchmarks",

@@ -16,7 +16,7 @@ import moegguf
 
 PACKAGE = Path(moegguf.__file__).parent
 BUILD_SIDE = (
-    "allocation", "assembly", "assign", "demo", "drift", "edit", "estimate", "families", "inspection",
+    "allocation", "assembly", "assign", "demo", "drift", "edit", "estimate", "export", "families", "inspection",
     "layouts", "licences", "mix", "quant", "recipe", "reference", "routers", "sources", "splitting", "tensor", "writer",
 )  # fmt: skip
 RUNTIME = ("runtime",)

@@ -1,0 +1,132 @@
+"""A mix for LM Studio: the file where LM Studio looks for models, and the number of experts it is to run.
+
+Models are `PUBLISHER/NAME/FILE.gguf` under its models folder. A hard link costs nothing and is the same file, so that a
+later change in place (`moegguf swap --in-place`, `route set`) reaches both names; on another disk it is a copy.
+
+What a model is loaded with unless something else is asked for lies in LM Studio's home, under `.internal`. Its form is
+not documented: it was read off files that LM Studio wrote and off its published SDK (lmstudio.js,
+packages/lms-kv-config/src/schema.ts: `llm.load.numExperts`, 0 for the model's own number), and has not been tried on
+LM Studio itself. Whatever else is in such a file stays as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from moegguf.atomic import atomic_file, check_space
+from moegguf.errors import UserError
+from moegguf.gguf_header import Header, shards
+from moegguf.journal import held
+from moegguf.tensor import largest
+
+PUBLISHER = "moegguf"
+DEFAULTS = Path(".internal") / "user-concrete-model-default-config"
+NUM_EXPERTS = "llm.load.numExperts"
+_NAME = re.compile(r"[\w][\w. +-]{0,95}")
+_CHUNK_BYTES = 8 << 20
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a model goes: `PUBLISHER/NAME` of a models folder."""
+
+    models: Path
+    publisher: str
+    name: str
+
+    @property
+    def folder(self) -> Path:
+        return self.models / self.publisher / self.name
+
+
+def make_place(models: Path, publisher: str, name: str) -> Place:
+    """Raises UserError where the models folder is not there, or LM Studio would not take the names."""
+    for flag, value in (("--publisher", publisher), ("--name", name)):
+        if not _NAME.fullmatch(value):
+            raise UserError(f"{flag} {value!r}: expected letters, digits, blanks and . _ + -", "choose another one")
+    if not models.is_dir():
+        raise UserError(
+            f"{models}: LM Studio's models folder is not there", "start LM Studio once, or name its folder with -o"
+        )
+    return Place(models, publisher, name)
+
+
+def put(path: Path, place: Place, *, overwrite: bool, progress: Progress) -> dict[Path, str]:
+    """Link or copy the file, all shards of a split one, to `place`: target → "linked", "copied" or "there already".
+
+    `progress` hears bytes as they are copied. Raises UserError where another file has the name, unless `overwrite`.
+    """
+    files = {shard: place.folder / shard.name for shard in shards(path)}
+    for source, target in files.items():
+        if target.exists() and not target.samefile(source) and not overwrite:
+            raise UserError(f"{target}: is another file", "choose another --name, or pass --force to replace it")
+    place.folder.mkdir(parents=True, exist_ok=True)
+    return {target: _put(source, target, progress) for source, target in files.items()}
+
+
+def _put(source: Path, target: Path, progress: Progress) -> str:
+    if target.exists() and target.samefile(source):
+        return "there already"
+    if _link(source, target):
+        return "linked"
+    check_space(target.parent, source.stat().st_size, "the copy")
+    with held(source), open(source, "rb") as file, atomic_file(target) as copy:
+        while chunk := file.read(_CHUNK_BYTES):
+            copy.write(chunk)
+            progress(len(chunk))
+    return "copied"
+
+
+def _link(source: Path, target: Path) -> bool:
+    """Make `target` a hard link, in the place of whatever it was; False where the file system cannot."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        os.link(source, temporary)
+    except OSError:
+        return False
+    os.replace(temporary, target)
+    return True
+
+
+def experts_used(header: Header) -> int | None:
+    """The experts in stacks that run for a token; None for a model that has none."""
+    arch = header.get("general.architecture")
+    if not header.get(f"{arch}.expert_count", 0):
+        return None
+    return largest(header.get(f"{arch}.expert_used_count", 0)) or None
+
+
+def defaults_of(home: Path, place: Place, file: str) -> Path:
+    """Where LM Studio keeps what the file is loaded with."""
+    return home / DEFAULTS / place.publisher / place.name / f"{file}.json"
+
+
+def set_experts(path: Path, n: int) -> None:
+    """Write `n` experts into the defaults at `path`, and leave all else there. Raises UserError for another form."""
+    defaults = _read(path)
+    fields = [field for field in defaults["load"]["fields"] if field.get("key") != NUM_EXPERTS]
+    defaults["load"]["fields"] = [*fields, {"key": NUM_EXPERTS, "value": n}]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as file:
+        file.write(json.dumps(defaults, indent=2).encode())
+
+
+def _read(path: Path) -> dict:
+    try:
+        defaults = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {"preset": "", "operation": {"fields": []}, "load": {"fields": []}}
+    except (ValueError, RecursionError):
+        defaults = None
+    load = defaults.get("load") if isinstance(defaults, dict) else None
+    fields = load.get("fields") if isinstance(load, dict) else None
+    if not isinstance(fields, list) or not all(isinstance(field, dict) for field in fields):
+        raise UserError(f"{path}: is not of the form that LM Studio writes", "move it away, or set the number there")
+    return defaults
