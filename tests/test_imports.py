@@ -28,7 +28,7 @@ GLUE = (
     "calibration", "compaction", "divergences", "fitting", "preparation", "probing", "saliency", "torch_engine",
 )  # fmt: skip
 """What needs several sides for one purpose; used by commands, and by each other."""
-ENDS = ("__main__", "cli", "commands")
+ENDS = ("__main__", "api", "cli", "commands")
 """Where users come in."""
 
 

@@ -1,0 +1,82 @@
+"""moegguf from Python: what the commands do, without their words."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import moegguf
+from moegguf.cli import main
+from moegguf.preparation import unwatched
+
+QUESTION = "What is 6 times 7?"
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> Path:
+    return moegguf.build("demo", output=tmp_path_factory.mktemp("api") / "demo.gguf").plan.path
+
+
+def test_a_recipe_by_name_gives_the_bytes_of_the_command(demo, tmp_path, capsys):
+    assert main(["build", "demo", "-o", str(tmp_path / "demo.gguf")]) == 0
+    assert demo.read_bytes() == (tmp_path / "demo.gguf").read_bytes()
+
+
+def test_a_table_is_a_recipe_and_nothing_is_printed(tmp_path, capfd):
+    experts = [{"name": name, "source": f"demo:{name}"} for name in ("math", "clinic")]
+    table = {"base": "demo:base", "experts": experts, "router": {"mode": "noisy", "k": 1}}
+    built = moegguf.build(table, output=tmp_path / "mix.gguf", quant="Q6_K")
+    found = moegguf.inspect(built.plan.path)
+    assert (found.card.router, found.card.k, found.card.quant) == ("noisy", 1, "Q6_K")
+    assert [expert.name for expert in found.card.experts] == ["math", "clinic"]
+    assert moegguf.check(built.plan.path) == []
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_router_of_a_recipe_is_fitted(tmp_path):
+    domains = {name: f"demo:{name}#40" for name in ("math", "clinic")}
+    experts = [{"name": name, "source": f"demo:{name}"} for name in domains]
+    table = {"base": "demo:base", "experts": experts, "router": {"mode": "ridge", "k": 1}, "domains": domains}
+    heard: list[str] = []
+
+    def watch(what: str, unit: str):
+        heard.append(what)
+        return unwatched(what, unit)
+
+    path = moegguf.build(table, output=tmp_path / "mix.gguf", watch=watch).plan.path
+    assert heard == ["fitting the router"]
+    assert moegguf.inspect(path).card.router == "ridge"
+
+
+def test_an_answer_comes_whole_or_in_pieces_and_sees_what_was_said(demo, capsys):
+    assert main(["chat", str(demo), "--prompt", QUESTION, "--temp", "0"]) == 0
+    expected = capsys.readouterr().out.strip()
+    with moegguf.open(demo, temp=0) as model:
+        assert model.chat(QUESTION) == expected
+        assert model.stats.end == "stop"
+        model.reset()
+        assert "".join(model.stream(QUESTION)) == expected
+        model.chat("What is 2 times 3?")
+        assert [turn.question for turn in model.turns] == [QUESTION, "What is 2 times 3?"]
+
+
+def test_mistakes_are_user_errors_that_say_how_to_mend_them(demo, tmp_path):
+    with pytest.raises(moegguf.UserError, match="exists already"):
+        moegguf.build("demo", output=demo)
+    with pytest.raises(moegguf.UserError, match="poetry"):
+        moegguf.build("poetry")
+    with pytest.raises(moegguf.UserError, match=r"no setting 'temperature'.*temp"):
+        moegguf.open(demo, temperature=0)
+    with pytest.raises(moegguf.UserError, match="temp is 'hot'"):
+        moegguf.open(demo, temp="hot")
+    with pytest.raises(AttributeError, match="bild"):
+        _ = moegguf.bild
+
+
+def test_import_loads_nothing_and_type_checkers_see_every_name():
+    loaded = "import sys, moegguf; print(sorted({'numpy', 'gguf', 'llama_cpp'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True).stdout == "[]\n"
+    assert all(callable(getattr(moegguf, name)) for name in moegguf.__all__)
