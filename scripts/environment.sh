@@ -51,8 +51,7 @@ prepare_clients() {
     fi
     if [ ! "$folder/node_modules/.package-lock.json" -nt "$folder/package.json" ]; then
         echo "installing other programs that load GGUF files (node-llama-cpp, @huggingface/gguf)"
-        npm install --prefix "$folder" --no-package-lock --ignore-scripts --omit=optional --silent \
-                --fetch-retries=1 --fetch-timeout=30000 \
+        timeout 60 npm install --prefix "$folder" --no-package-lock --ignore-scripts --omit=optional --silent \
             || echo "npm failed: they are left out" >&2
     fi
 }
