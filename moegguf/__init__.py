@@ -12,6 +12,10 @@ __version__ = "0.1.0"
 __all__ = ["Chat", "UserError", "build", "check", "inspect", "open"]
 
 
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
+
+
 def __getattr__(name: str) -> object:
     """What `__all__` names is imported when it is asked for: `import moegguf` costs nothing."""
     if name not in __all__:

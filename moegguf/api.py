@@ -84,6 +84,8 @@ class Chat:
         self.model = model
         settings = suggested_by_file(model.header.get).merged(sampling)
         self._conversation = Conversation(model, system=system, sampling=settings)
+        self._answer = (piece for piece in ())  # that is under way
+        self._is_closed = False
 
     def __enter__(self) -> Chat:
         return self
@@ -92,7 +94,9 @@ class Chat:
         self.close()
 
     def close(self) -> None:
-        """Free the weights and the context."""
+        """Free the weights and the context. An answer that is under way ends there."""
+        self._answer.close()
+        self._is_closed = True
         self.model.close()
 
     def chat(self, question: str) -> str:
@@ -100,8 +104,12 @@ class Chat:
         return "".join(self.stream(question))
 
     def stream(self, question: str) -> Iterator[str]:
-        """The answer piece by piece. It joins the history when the iterator ends or is closed."""
-        return self._conversation.answer(question)
+        """The answer piece by piece. It joins the history when the iterator ends, is closed, or the next one begins."""
+        if self._is_closed:
+            raise UserError("the model is closed", "open it again")
+        self._answer.close()
+        self._answer = self._conversation.answer(question)
+        return self._answer
 
     def reset(self) -> None:
         """Forget what was said."""

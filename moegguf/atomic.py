@@ -76,6 +76,20 @@ def atomic_files(targets: Sequence[Path]) -> Iterator[list[BufferedWriter]]:
         raise
 
 
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[None]:
+    """A folder to write to; if it is new and nothing comes of it, it goes again."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path}: is a file, expected a folder", "choose another")
+    is_new = not path.exists()
+    path.mkdir(exist_ok=True)
+    try:
+        yield
+    finally:
+        if is_new and not any(path.iterdir()):
+            path.rmdir()
+
+
 def check_space(folder: Path, n_bytes: int, what: str, mend: str = "free some space") -> None:
     """Raises UserError where `what`, of `n_bytes`, does not fit on the disk of `folder`."""
     free = shutil.disk_usage(folder).free

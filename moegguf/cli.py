@@ -57,6 +57,7 @@ Mix fine-tunes of one model into a Mixture of Experts: one GGUF file that stock 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns its exit code: 0 done, 1 a check failed, 2 a mistake to mend, 130 interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    _open_closed_streams()
     if "_ARGCOMPLETE" in os.environ:
         _complete()
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -83,6 +84,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:  # a path or a device that fails where nobody could know in advance
         _print_faults(f"{error.filename or 'input or output'}: {error.strerror or error}; check the path and the disk")
         return 2
+
+
+def _open_closed_streams() -> None:
+    """Where the shell closed stdin, stdout or stderr (`>&-`) nothing is read or shown, and no file gets its number."""
+    closed = [name for name in ("stdin", "stdout", "stderr") if getattr(sys, name) is None]
+    for name in closed:
+        setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115 (for good)
 
 
 def _complete() -> NoReturn:

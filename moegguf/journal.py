@@ -91,20 +91,20 @@ def undoable(path: Path, file: BufferedRandom, spans: Sequence[Span]) -> Iterato
     Raises UserError when the disk has no room for the journal, and when it fails.
     """
     check_space(path.parent, sum(span.n_bytes + _PIECE.size for span in spans), "the journal of this change")
-    with atomic_file(journal_of(path)) as journal:
-        journal.write(_MAGIC)
-        for span in spans:
-            journal.write(_PIECE.pack(*span) + _read(file, span))
     try:
+        with atomic_file(journal_of(path)) as journal:
+            journal.write(_MAGIC)
+            for span in spans:
+                journal.write(_PIECE.pack(*span) + _read(file, span))
         yield
         file.flush()
         os.fsync(file.fileno())
+        journal_of(path).unlink()
     except BaseException as error:
         _recover(path, file)
         if isinstance(error, OSError):
             raise UserError(f"{path}: cannot be changed ({error.strerror})", "check the disk") from error
         raise
-    journal_of(path).unlink()
 
 
 def apply(path: Path, file: BufferedRandom, patches: Sequence[Patch]) -> None:

@@ -25,6 +25,7 @@ from gguf.gguf_writer import WriterState
 from moegguf.atomic import atomic_file
 from moegguf.errors import UserError
 from moegguf.gguf_header import TensorInfo
+from moegguf.interrupt import kept_interrupt
 from moegguf.journal import Span
 from moegguf.quant import ggml
 from moegguf.quant.rows import Requantised, make_rows
@@ -153,13 +154,18 @@ def _chunks(planned: Sequence[Planned], offset: int) -> Iterator[Chunk]:
 def write_chunks(
     file: BufferedWriter | BufferedRandom, chunks: Iterable[Chunk], threads: int, progress: Progress
 ) -> Written:
-    """Make and write all chunks on `threads` workers; a worker's error is raised here. `n_bytes` is their size."""
+    """Make and write all chunks on `threads` workers; a worker's error is raised here. `n_bytes` is their size.
+
+    However it ends, by an error or by Ctrl-C, no worker writes on.
+    """
     n_bytes, requantised = 0, Requantised()
-    with closing(_written_chunks(file, chunks, threads)) as pieces:  # no worker writes on after an error here
+    with kept_interrupt() as pressed, closing(_written_chunks(file, chunks, threads)) as pieces:
         for done in pieces:
             n_bytes += done.n_bytes
             requantised += done.requantised
             progress(done.n_bytes)
+            if pressed.is_set():
+                break
     return Written(n_bytes, requantised)
 
 

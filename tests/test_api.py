@@ -63,6 +63,19 @@ def test_an_answer_comes_whole_or_in_pieces_and_sees_what_was_said(demo, capsys)
         assert [turn.question for turn in model.turns] == [QUESTION, "What is 2 times 3?"]
 
 
+def test_what_is_under_way_ends_with_the_next_answer_and_with_the_model(demo):
+    with moegguf.open(demo, temp=0) as model:
+        first = model.stream(QUESTION)
+        begun = next(first)
+        second = model.stream("What is 2 times 3?")
+        assert list(first) == []
+        assert [turn.answer for turn in model.turns] == [begun]
+        next(second)
+    assert list(second) == []
+    with pytest.raises(moegguf.UserError, match="the model is closed"):
+        model.chat(QUESTION)
+
+
 def test_mistakes_are_user_errors_that_say_how_to_mend_them(demo, tmp_path):
     with pytest.raises(moegguf.UserError, match="exists already"):
         moegguf.build("demo", output=demo)
@@ -72,6 +85,8 @@ def test_mistakes_are_user_errors_that_say_how_to_mend_them(demo, tmp_path):
         moegguf.open(demo, temperature=0)
     with pytest.raises(moegguf.UserError, match="temp is 'hot'"):
         moegguf.open(demo, temp="hot")
+    with pytest.raises(moegguf.UserError, match=r"seed is 1\.5, expected a whole number"):
+        moegguf.open(demo, seed=1.5)
     with pytest.raises(AttributeError, match="bild"):
         _ = moegguf.bild
 

@@ -7,8 +7,9 @@ import statistics
 from pathlib import Path
 
 import pytest
+from gguf import GGUFValue, GGUFValueType
 
-from conftest import build_mix
+from conftest import build_mix, rewrite
 from moegguf.cli import main
 from moegguf.gguf_header import read_header
 from moegguf.runtime.bench import Lengths, bench
@@ -75,6 +76,16 @@ def test_the_table_names_files_and_ratios(mixes, capsys):
     said = capsys.readouterr().out
     for words in ("fused.gguf", "noisy.gguf", "ratio", "prompt of 40", "generation of 5", "% of the machine's"):
         assert words in said
+
+
+def test_lengths_that_nobody_asked_for_fit_into_the_smallest_context(mixes, tmp_path, capsys):
+    length = {"llama.context_length": GGUFValue(48, GGUFValueType.UINT32)}
+    short = rewrite(mixes["fused"], tmp_path / "short.gguf", keys=length)
+    flags = ("--threads", "1", "--repeat", "1", "--json")
+    assert main(["bench", str(mixes["noisy"]), "--compare", str(short), *flags]) == 0
+    for each in json.loads(capsys.readouterr().out)["models"]:
+        assert [rate["n_tokens"] for rate in each["prompts"]] == [48]
+        assert [rate["n_tokens"] for rate in each["generations"]] == [32, 48]
 
 
 @pytest.mark.parametrize(("flags", "reason"), [

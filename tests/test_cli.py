@@ -232,6 +232,14 @@ def test_a_reader_that_leaves_early_is_no_mistake(argv):
     assert process.wait() not in (0, 2)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="shells there close no streams")
+@pytest.mark.parametrize(("closed", "is_heard"), [("<&- 2>&-", True), (">&-", False)])
+def test_streams_that_the_shell_closed_are_no_mistake(closed: str, is_heard: bool):
+    argv = ["bash", "-c", f'"$@" {closed}', "bash", sys.executable, "-m", "moegguf", "recipes"]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True)
+    assert (done.returncode, done.stderr, b"demo-noisy" in done.stdout) == (0, b"", is_heard)
+
+
 def test_a_full_device_is_one_line():
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full")

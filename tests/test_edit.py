@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +17,7 @@ import pytest
 
 import tiny_models
 from conftest import CLOSE, Family, build_dense, build_mix, distance, logits, read_metadata, read_tensors, rewrite
+from moegguf import writer
 from moegguf.cli import main
 from moegguf.edit import change as change_module
 from moegguf.edit.change import Change, write_copy, write_in_place
@@ -221,6 +225,26 @@ def test_an_error_in_the_midst_of_a_swap_puts_everything_back_at_once(error, mod
     assert [path.name for path in tmp_path.iterdir()] == ["mix.gguf"]
 
 
+def test_ctrl_c_while_a_thread_starts_leaves_none_that_writes_on(models, newcomer, tmp_path: Path, monkeypatch):
+    mix = built(tmp_path / "mix.gguf", models)
+    before, start, make_rows = mix.read_bytes(), threading.Thread.start, writer.make_rows
+
+    def interrupted_start(thread: threading.Thread) -> None:
+        start(thread)
+        signal.raise_signal(signal.SIGINT)
+
+    def slow(*args):
+        time.sleep(0.1)
+        return make_rows(*args)
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted_start)
+    monkeypatch.setattr(writer, "make_rows", slow)
+    with pytest.raises(KeyboardInterrupt):
+        write_in_place(plan_swap(read_mix(mix), {"e0": str(newcomer)}))
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("quantise")]
+    assert mix.read_bytes() == before
+
+
 def test_a_source_that_turns_out_broken_leaves_the_mix_as_it_was(models, tmp_path: Path, capsys):
     broken = tmp_path / "broken"
     shutil.copytree(models.experts[0], broken)
@@ -272,6 +296,24 @@ def test_a_file_that_changed_since_it_was_looked_at_is_not_touched(models, newco
     with pytest.raises(UserError, match="changed by another program"):
         write_in_place(change)
     assert mix.read_bytes() == before
+
+
+def test_a_copy_is_of_the_mix_that_was_looked_at(models, newcomer, tmp_path: Path):
+    mix = built(tmp_path / "mix.gguf", models)
+    change = plan_swap(read_mix(mix), {"e1": str(newcomer)})
+    assert main(["set", str(mix), "--name", "another"]) == 0
+    with pytest.raises(UserError, match="was changed meanwhile; try again"):
+        write_copy(change, tmp_path / "out.gguf")
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def test_recovering_says_whether_there_was_anything_to_undo(models, tmp_path: Path, capsys):
+    mix = built(tmp_path / "mix.gguf", models)
+    capsys.readouterr()
+    assert main(["set", str(mix), "--recover", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"file": str(mix), "undone": False}
+    (tmp_path / "empty.gguf").touch()
+    assert "0 bytes are too few" in refuse(capsys, "set", tmp_path / "empty.gguf", "--recover")
 
 
 # --- add and drop ---

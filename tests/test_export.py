@@ -172,6 +172,7 @@ BAD_OLLAMA = {
     "infinite": (["--parameter", "temperature=inf"], "--parameter temperature=inf: expected a number"),
     "no value": (["--parameter", "seed"], "--parameter seed=: expected a whole number"),
     "quotes": (["--system", 'say """'], "the system prompt holds three quotes in a row"),
+    "empty stop": (["--stop", ""], "an empty stop sequence ends every answer at once"),
     "context": (["--ctx", "0"], "--ctx 0: expected a whole number from 1"),
 }
 
@@ -222,8 +223,14 @@ def test_other_settings_of_the_model_stay(mix: Path, models: Path, capsys):
     run(capsys, "lmstudio", mix)
     new = json.loads(settings.read_text())
     assert new == {**old, "load": {"fields": [field, {"key": "llm.load.numExperts", "value": 2}]}}
+
+
+def test_settings_of_another_form_are_told_before_anything_is_linked(mix: Path, models: Path, capsys):
+    settings = models.parent / ".internal/user-concrete-model-default-config/moegguf/tiny-mix/tiny-mix.gguf.json"
+    settings.parent.mkdir(parents=True)
     settings.write_text("[]")
     assert "is not of the form that LM Studio writes" in run(capsys, "lmstudio", mix, code=2)
+    assert list(models.iterdir()) == []
 
 
 def test_a_model_without_stacked_experts_gets_no_number(mix: Path, models: Path, capsys):
@@ -485,6 +492,7 @@ def test_names_in_a_file_cannot_write_the_card(tmp_path: Path, capsys):
 def test_a_card_is_for_mixes_and_replaces_nothing_unasked(mix: Path, tmp_path: Path, capsys):
     run(capsys, "card", mix)
     assert "exists already" in run(capsys, "card", mix, code=2)
+    assert "is the file itself" in run(capsys, "card", mix, "-o", mix, "--force", code=2)
     assert "is no name of a model on the Hub" in run(capsys, "card", mix, "--repo", "x", "--force", code=2)
     plain = write_gguf(tmp_path / "plain.gguf", saying("xyz"))
     assert "was not made by moegguf" in run(capsys, "card", plain, "--force", code=2)

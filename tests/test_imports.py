@@ -22,7 +22,10 @@ BUILD_SIDE = (
 RUNTIME = ("runtime",)
 MEASURE = ("measure",)
 """Numbers and pictures of what was run; knows neither side."""
-COMMON = ("__init__", "atomic", "errors", "gguf_header", "journal", "metadata", "sizes", "squares", "stores", "texts")
+COMMON = (
+    "__init__", "atomic", "errors", "gguf_header", "interrupt", "journal", "metadata", "sizes", "squares", "stores",
+    "texts",
+)  # fmt: skip
 """What both sides use."""
 GLUE = (
     "calibration", "compaction", "divergences", "fitting", "preparation", "probing", "saliency", "torch_engine",
@@ -86,7 +89,7 @@ def test_every_module_is_in_a_room():
 def test_nothing_imports_a_command_but_its_shared_flags_and_only_the_entry_imports_the_command_line():
     assert outside(importers("commands"), "commands") == []
     imported = {name for module in MODULES for name in imports(module) if is_in(name, ("commands",))}
-    assert outside(imported, "commands.options", "commands.changes") == []
+    assert outside(imported, "commands.options", "commands.progress", "commands.changes") == []
     assert importers("cli") <= {"__main__"}
 
 

@@ -148,6 +148,7 @@ def test_the_shards_of_a_split_file_count(mixes, tmp_path, capsys):
         (["--ram", "1GB", "--rpc", "127.0.0.1:1"], "--vram and --ram describe another machine"),
         (["--vram", "1GB", "--override-tensor", "_exps=GPU1"], "names 'GPU1'; the devices are CPU, GPU0"),
         (["--vram", "1GB", "--tensor-split", "1,1"], "2 shares for 1 devices"),
+        (["--vram", ""], "--vram '': is no size"),
         (["--ctx", "1"], "--ctx 1: expected"),
     ],
 )

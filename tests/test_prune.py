@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,7 @@ def test_naming_what_to_leave_out_is_what_drop_does(kind: str, table, drop: str,
     mix = build_mix(tmp_path / "mix.gguf", models.base, named(models, "012"), **table)
     names, output = [f"e{name}" for name in drop], tmp_path / "out.gguf"
     assert main(["prune", str(mix), *(f"--drop={name}" for name in names), "-o", str(output)]) == 0
-    assert f"without {', '.join(names)} in" in capsys.readouterr().out
+    assert f"without {', '.join(names)}, " in capsys.readouterr().out
     write_copy(plan_drop(read_mix(mix), names), tmp_path / "expected.gguf")
     assert output.read_bytes() == (tmp_path / "expected.gguf").read_bytes()
     assert check(output) == []
@@ -92,6 +93,16 @@ def test_keep_drops_what_matters_least_and_says_what_that_costs(tmp_path: Path, 
     assert "math" in left
     assert "cost: KLD 0." in said
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["mix.gguf", "out.gguf"]
+
+
+def test_json_is_one_document_with_the_ranking_and_the_cost(gateless: Path, tmp_path: Path, capsys):
+    flags = ["--keep", "2", "--text", "math=demo:math#4", "--max-tokens", "64", "--threads", "1", "--json"]
+    assert main(["prune", str(gateless), *flags, "-o", str(tmp_path / "out.gguf")]) == 0
+    found = json.loads(capsys.readouterr().out)
+    ranked, left = [one["expert"] for one in found["ranking"]], [expert["name"] for expert in found["experts"]]
+    assert found["dropped"] == ranked[2:]
+    assert sorted(left) == sorted(ranked[:2])
+    assert found["cost"]["kld"]["mean"] > 0
 
 
 @pytest.fixture(scope="module")

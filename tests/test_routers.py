@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -388,10 +389,23 @@ def test_an_adapter_cannot_change_how_many_experts_run(mix: Path, tmp_path: Path
     assert not (tmp_path / "a.gguf").exists()
 
 
-def test_an_adapter_never_overwrites_its_mix(mix: Path, capsys):
-    before = mix.read_bytes()
-    assert "is the mix itself" in refuse(capsys, "route", "export", mix, "--router", "noisy:1", "-o", mix)
+def test_an_adapter_overwrites_another_one_and_no_model(mix: Path, tmp_path: Path, capsys):
+    before, export = mix.read_bytes(), ["route", "export", str(mix), "--router", "noisy:1", "-o"]
+    assert "is there already, and no adapter" in refuse(capsys, *export, mix)
     assert mix.read_bytes() == before
+    assert "expected a name that ends in .gguf" in refuse(capsys, *export, tmp_path / "adapter")
+    for _ in range(2):
+        assert main([*export, str(tmp_path / "adapter.gguf")]) == 0
+
+
+def test_a_router_that_cannot_be_set_leaves_the_one_that_was_kept(mix: Path, monkeypatch, capsys):
+    assert main(["route", "set", str(mix), "--router", "noisy:8"]) == 0
+    kept = mix.with_name("mix.gguf.old-router.safetensors")
+    before = mix.read_bytes(), kept.read_bytes()
+    monkeypatch.setattr("moegguf.atomic.shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 9))
+    capsys.readouterr()
+    assert "the journal of this change needs" in refuse(capsys, "route", "set", mix, "--router", "noisy:9")
+    assert (mix.read_bytes(), kept.read_bytes()) == before
 
 
 def test_make_router_gives_noise_to_every_site():

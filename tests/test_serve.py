@@ -25,9 +25,11 @@ from gguf import GGMLQuantizationType, GGUFValue, GGUFValueType
 from moegguf.cli import main
 from moegguf.demo.text import SAMPLE_QUESTIONS
 from moegguf.recipe import find_recipes_file
+from moegguf.runtime.devices import function
 from moegguf.runtime.sampling import DEFAULTS, Sampling
 from moegguf.runtime.serve import serving as serving_module
 from moegguf.runtime.serve import wire
+from test_workers import free_port, start, wait_until_listening
 from tiny_gguf import card, repeating, saying, write_gguf
 
 pytest.importorskip("xllamacpp", reason="the extra `serve` is not installed")
@@ -49,7 +51,7 @@ class Server:
 
     @property
     def url(self) -> str:
-        return next(line.split()[-1] for line in self.lines if line.startswith("web page"))
+        return next(line.split()[-1] for line in self.lines if line.startswith("OpenAI base URL")).removesuffix("/v1")
 
     def client(self, key: str = KEY) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=SECONDS)
@@ -308,6 +310,133 @@ def test_slow_clients_do_not_keep_others_waiting(server: Server, said_by_chat):
         assert ask(server, "mixtral", question) == said_by_chat["mixtral", question]
 
 
+# --- moegguf's own server, over a worker ---
+
+
+@contextlib.contextmanager
+def working() -> Iterator[tuple[str, subprocess.Popen]]:
+    """A worker on loopback, by its address."""
+    process = start(port := free_port())
+    with process:
+        try:
+            wait_until_listening(process)
+            yield f"127.0.0.1:{port}", process
+        finally:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def over_rpc(files: dict[str, Path]) -> Iterator[Server]:
+    with working() as (worker, _):
+        flags = ["--rpc", worker, "--gpu-layers", "all", "--kv-type", "f32"]
+        with serving(f"mixtral={files['mixtral']}", *flags) as server:
+            yield server
+
+
+def test_over_a_worker_it_says_what_chat_says_whole_and_in_pieces(over_rpc: Server, said_by_chat):
+    client = over_rpc.client()
+    for question in SAMPLE_QUESTIONS.values():
+        expected = said_by_chat["mixtral", question]
+        messages = [{"role": "user", "content": question}]
+        whole = client.chat.completions.create(model="mixtral", messages=messages, temperature=0)
+        assert (whole.choices[0].message.content, whole.choices[0].finish_reason) == (expected, "stop")
+        plain = client.completions.create(model="mixtral", prompt=f"<|user|>{question}<|assistant|>", temperature=0)
+        assert (plain.choices[0].text, plain.usage) == (expected, whole.usage)
+        *pieces, last, usage = client.chat.completions.create(
+            model="mixtral", messages=messages, temperature=0, stream=True, stream_options={"include_usage": True}
+        )
+        assert "".join(piece.choices[0].delta.content for piece in pieces) == expected and len(pieces) > 1
+        assert (last.choices[0].finish_reason, usage.usage) == ("stop", whole.usage)
+
+
+def test_over_a_worker_stops_and_limits_hold(over_rpc: Server, said_by_chat):
+    question = CAPITALS[0]
+    expected = said_by_chat["mixtral", question]
+    stop = expected[3:6]
+    asked = {"model": "mixtral", "messages": [{"role": "user", "content": question}], "temperature": 0}
+    create = over_rpc.client().chat.completions.create
+    cut = create(**asked, stop=["never said", stop])
+    assert cut.choices[0].message.content == expected[: expected.index(stop)]
+    assert cut.choices[0].finish_reason == "stop"
+    pieces = list(create(**asked, stop=stop, stream=True))
+    assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == expected[: expected.index(stop)]
+    short = create(**asked, max_completion_tokens=2)
+    assert (short.choices[0].finish_reason, short.usage.completion_tokens) == ("length", 2)
+    assert expected.startswith(short.choices[0].message.content)
+    hot = asked | {"temperature": 100, "top_p": 1, "max_tokens": 20, "extra_body": {"min_p": 0}}
+    seven, again, eight = [create(**hot, seed=seed).choices[0].message.content for seed in (7, 7, 8)]
+    assert seven == again != eight
+
+
+def test_over_a_worker_clients_take_turns_and_get_their_own_answers(over_rpc: Server, said_by_chat):
+    with ThreadPoolExecutor(3) as pool:
+        answers = list(pool.map(lambda question: ask(over_rpc, "mixtral", question), CAPITALS[:3]))
+    assert answers == [said_by_chat["mixtral", question] for question in CAPITALS[:3]]
+    assert "one answer at a time" in over_rpc.lines[0] and "--rpc" in over_rpc.lines[1]
+    assert not any(line.startswith("web page") for line in over_rpc.lines)
+
+
+REFUSED_BY_OWN = {
+    "embeddings": ("/v1/embeddings", {"input": "x"}, 501, "/v1/embeddings is not supported"),
+    "tools": ("/v1/chat/completions", {"messages": [], "tools": [{}]}, 501, "`tools`"),
+    "adapters": ("/v1/completions", {"prompt": "x", "lora": [{"id": 0, "scale": 1}]}, 400, "0 adapters"),
+    "several prompts": ("/v1/completions", {"prompt": ["a", "b"]}, 501, "several prompts"),
+    "no messages": ("/v1/chat/completions", {}, 400, "`messages`"),
+    "an image": ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "x"}]}]}, 400, "no text"),
+    "half a character": ("/v1/completions", {"prompt": "\ud800"}, 400, "half a character"),
+    "a foreign token": ("/v1/completions", {"prompt": [10**6]}, 400, "vocabulary"),
+    "a bad setting": ("/v1/completions", {"prompt": "x", "top_p": 7}, 400, "top_p is 7"),
+    "too long a prompt": ("/v1/completions", {"prompt": "a" * 9999}, 400, "context"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED_BY_OWN)
+def test_over_a_worker_what_is_missing_is_named(over_rpc: Server, what: str):
+    path, content, expected, says = REFUSED_BY_OWN[what]
+    status, answer = over_rpc.request("POST", path, json.dumps(content).encode(), {})
+    assert status == expected
+    assert says in json.loads(answer)["error"]["message"]
+
+
+def test_over_a_worker_there_are_models_and_a_word_for_browsers(over_rpc: Server):
+    assert [model.id for model in over_rpc.client().models.list()] == ["mixtral"]
+    assert over_rpc.get("/")[1].startswith(b"moegguf serve: OpenAI's API is at /v1")
+    assert over_rpc.get("/metrics")[0] == 404
+    assert over_rpc.request("DELETE", "/v1/models", None, {})[0] == 501
+    with pytest.raises(openai.AuthenticationError):
+        over_rpc.client("wrong").models.list()
+
+
+def test_a_client_that_leaves_passes_its_turn_and_a_lost_worker_is_an_end_with_a_reason(endless: Path):
+    with (
+        working() as (worker, process),
+        serving(endless, "--ctx", "100000", "--rpc", worker, "--gpu-layers", "all", key=None) as server,
+    ):
+        with server.connect() as leaves:
+            leaves.sendall(completion(99_000))  # far longer than anybody here waits
+            leaves.recv(4096)
+        with server.connect() as stays:
+            stays.sendall(completion(99_000))
+            said = stays.recv(4096)
+            process.kill()
+            said += rest(stays)
+        assert said.startswith(b"HTTP/1.1 200 ") and b"[DONE]" not in said
+        assert server.process.wait(SECONDS) == 2
+        ended, error = server.process.stderr.read().splitlines()
+        assert ended.startswith(f"endless: moegguf's own server ended by itself (worker {worker}: lost the connection")
+        assert error.startswith(f"moegguf: error: worker {worker}: cannot be reached")
+
+
+def test_what_moegguf_s_own_server_cannot_do_is_one_line(model: Path, capsys):
+    rpc = ["--rpc", "127.0.0.1:5"]
+    assert "one answer at a time" in fault(capsys, model, "--parallel", "2", *rpc)
+    assert "cannot choose adapters" in fault(capsys, model, "--adapter", model, *rpc)
+    assert "not 2 models" in fault(capsys, model, f"other={model}", *rpc)
+    assert "the file has no router" in fault(capsys, model, "--experts-used", "1")
+    assert "worker 127.0.0.1:5: cannot be reached" in fault(capsys, model, *rpc)
+    function("ggml_set_abort_callback")(None)  # a command with --rpc has this process end when a worker is lost
+
+
 # --- beginning and end ---
 
 
@@ -461,7 +590,7 @@ def test_bad_models_and_adapters_are_one_line(model: Path, tmp_path: Path, capsy
     assert "not a LoRA adapter" in fault(capsys, model, "--adapter", other)
     assert "unknown device; xllamacpp knows CPU" in fault(capsys, model, "--override-tensor", "a=CUDA7")
     assert "xllamacpp sees no GPU here" in fault(capsys, model, "--gpu-layers", "all")
-    assert "--rpc: the server" in fault(capsys, model, "--device", "CUDA0", "--rpc", "127.0.0.1:5")
+    assert "--device names 'CUDA7'" in fault(capsys, model, "--device", "CUDA7")
 
 
 def test_a_mix_that_may_not_run_is_not_served(tmp_path: Path, capsys):

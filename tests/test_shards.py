@@ -93,6 +93,17 @@ def test_what_other_programs_split_is_merged_too(family, tmp_path: Path):
     assert read_metadata(tmp_path / "merged.gguf") == read_metadata(mix)
 
 
+@pytest.mark.parametrize("prefix", ["", ".", "..", "/"])
+def test_a_folder_is_no_name_of_parts(prefix: str, mix: Path, monkeypatch, capsys):
+    monkeypatch.chdir(mix.parent)
+    assert "is a folder, the parts need a name" in refuse(capsys, "split", mix, "--max-size", SIZE, "-o", prefix)
+    assert [path.name for path in mix.parent.iterdir()] == ["mix.gguf"]
+
+
+def test_a_later_part_is_not_run(mix: Path, capsys):
+    assert "is a later part of a split file; pass the first one" in refuse(capsys, "plan", split(mix)[1])
+
+
 @pytest.mark.parametrize("nth", [0, 1, -1])
 def test_all_parts_are_there_or_none(nth: int, mix: Path, monkeypatch):
     """The last rename is that of the first part; whichever fails, nothing stays."""

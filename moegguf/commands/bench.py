@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
 from moegguf.commands.options import (
+    LARGEST,
     add_device_arguments,
     add_memory_arguments,
     check_range,
+    check_threads,
+    print_json,
     run_options,
 )
+from moegguf.commands.progress import counted
 from moegguf.errors import UserError, one_line
 from moegguf.sizes import show_size
 
@@ -35,6 +38,7 @@ examples:
   moegguf bench mix.gguf --prompt 512 --generate 128 --repeat 5     what llama-bench runs by default
 """
 
+_PROMPTS, _ANSWERS = (128, 512), (32, 128)
 _LONGEST = 1 << 20
 
 
@@ -42,10 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="the GGUF file (first part of a split one)")
     parser.add_argument("--compare", type=Path, metavar="FILE", help="measure this one too, after the first")
     parser.add_argument(
-        "--prompt", metavar="N,…", default="128,512", help="lengths of prompts in tokens, or 0 (default: 128,512)"
-    )
+        "--prompt", metavar="N,…",
+        help="lengths of prompts in tokens, or 0 (default: 128,512, or the model's context where that is shorter)",
+    )  # fmt: skip
     parser.add_argument(
-        "--generate", metavar="N,…", default="32,128", help="lengths of answers in tokens, or 0 (default: 32,128)"
+        "--generate", metavar="N,…", help="lengths of answers in tokens, or 0 (default: likewise 32,128)"
     )
     parser.add_argument("--repeat", type=int, metavar="N", default=5, help="runs of each length (default: 5)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: physical cores)")
@@ -62,41 +67,36 @@ def run(args: argparse.Namespace) -> int:
     from moegguf.runtime.bandwidth import memory_bandwidth
     from moegguf.runtime.bench import Lengths, bench
     from moegguf.runtime.machine import physical_cores
-    from moegguf.runtime.run_options import MAX_THREADS
+    from moegguf.runtime.run_options import hparam
 
     check_range("--repeat", args.repeat, 1)
-    check_range("--threads", args.threads, 1, MAX_THREADS)
-    lengths = Lengths(_lengths("--prompt", args.prompt), _lengths("--generate", args.generate), args.repeat)
+    check_threads(args.threads)
+    paths = [args.model, *([args.compare] if args.compare else [])]
+    longest = min(hparam(read_header(path), "context_length", LARGEST) for path in paths)
+    prompts = _lengths("--prompt", args.prompt, _PROMPTS, longest)
+    lengths = Lengths(prompts, _lengths("--generate", args.generate, _ANSWERS, longest), args.repeat)
     if not lengths.prompts + lengths.generations:
         raise UserError("--prompt 0 and --generate 0 leave nothing to measure", "leave one of them out")
     options = replace(run_options(args), threads=args.threads, experts_used=args.experts_used)
-    paths = [args.model, *([args.compare] if args.compare else [])]
-    for path in paths:
-        read_header(path)  # what is wrong with the second is said before the first takes minutes
     stream = memory_bandwidth(args.threads or physical_cores())
     found = []
     for path in paths:
-        with _progress() as bar:
-            task = bar.add_task(path.name, total=lengths.n_tokens)
-            found.append(bench(path, options, lengths, lambda n, task=task: bar.advance(task, n)))
+        with counted(path.name, lengths.n_tokens, "tokens") as bar:
+            found.append(bench(path, options, lengths, bar.did))
     if args.json:
-        print(json.dumps({"stream_bytes_per_s": stream, "models": list(map(_as_json, found))}, indent=2))
+        print_json({"stream_bytes_per_s": stream, "models": list(map(_as_json, found))})
     else:
         _print(found, stream)
     return 0
 
 
-def _lengths(flag: str, text: str) -> tuple[int, ...]:
+def _lengths(flag: str, text: str | None, default: Sequence[int], longest: int) -> tuple[int, ...]:
+    if text is None:
+        return tuple(dict.fromkeys(min(n, longest) for n in default))
     words = text.split(",")
     if not all(word.isascii() and word.isdigit() and int(word) <= _LONGEST for word in words):
         raise UserError(f"{flag} {text}: expected numbers of tokens with commas between", f"for example {flag} 512")
     return tuple(n for n in map(int, words) if n)
-
-
-def _progress() -> Progress:
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens")
-    console = Console(stderr=True)
-    return Progress(*columns, TimeRemainingColumn(), console=console, disable=not sys.stderr.isatty(), transient=True)
 
 
 def _print(found: list[Bench], stream: float) -> None:

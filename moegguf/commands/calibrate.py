@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from moegguf.commands.options import add_device_arguments, check_range, device_options, from_here, named_refs
+from moegguf.atomic import new_folder
+from moegguf.commands.options import (
+    add_device_arguments,
+    check_range,
+    check_threads,
+    device_options,
+    from_here,
+    named_refs,
+)
+from moegguf.commands.progress import counted
 from moegguf.errors import UserError, one_line
 from moegguf.gguf_header import read_header
 from moegguf.quant.imatrix import Calibration, write_calibration
@@ -111,10 +117,9 @@ _Texts = Mapping[str, _Text]
 
 def _options(args: argparse.Namespace) -> CalibrationOptions:
     from moegguf.calibration import MAX_TOKENS, CalibrationOptions
-    from moegguf.runtime.run_options import MAX_THREADS
 
     check_range("--max-tokens", args.max_tokens, 1)
-    check_range("--threads", args.threads, 1, MAX_THREADS)
+    check_threads(args.threads)
     return CalibrationOptions(
         chunk=args.chunk,
         max_tokens=args.max_tokens or MAX_TOKENS,
@@ -195,7 +200,7 @@ def _calibrate_file(console: Console, args: argparse.Namespace, options: Calibra
             " is known of the other experts stands for it; more text may reach it"
         )
     if args.split:
-        with _folder(args.split):
+        with new_folder(args.split):
             for name, one in experts_of(calibration, plan.header).items():
                 write_calibration(args.split / f"{name}.gguf", one)
         console.print(f"wrote {args.split}: a matrix for each expert, for any mix of it")
@@ -213,7 +218,7 @@ def _calibrate_recipe(console: Console, args: argparse.Namespace, options: Calib
     _refuse_split(args)
     recipe = load_recipe(args.model, args.recipes or find_recipes_file(), {})
     texts, folder = _texts_by_expert(args, recipe), args.output or FOLDER
-    with _folder(folder):
+    with new_folder(folder):
         for expert in recipe.experts:
             output = folder / f"{expert.name}.gguf"
             _calibrate_expert(console, args, options, recipe, expert, texts[expert.name], output)
@@ -242,9 +247,8 @@ def _calibrate(
     plan = plan_calibration(
         model, {name: text.records for name, text in texts.items()}, output, options, datasets=labels
     )
-    with _progress(plan) as bar:
-        task = bar.add_task("", total=plan.n_tokens)
-        calibration = run_calibration(plan, lambda n_tokens: bar.advance(task, n_tokens))
+    with counted("calibrating", plan.n_tokens, "tokens") as bar:
+        calibration = run_calibration(plan, bar.did)
     held = ", ".join(f"{one_line(text.name)} {text.n_tokens}" for text in calibration.texts)
     if plan.n_tokens:
         console.print(f"wrote {output}: {len(calibration.squares)} weights; tokens: {held}")
@@ -256,24 +260,3 @@ def _calibrate(
 def _refuse_split(args: argparse.Namespace) -> None:
     if args.split:
         raise UserError("--split: goes with a mix, what is made here is of one expert already", "leave it out")
-
-
-@contextmanager
-def _folder(path: Path) -> Iterator[None]:
-    """A folder to write to; if it is new and nothing comes of it, it goes again."""
-    if path.exists() and not path.is_dir():
-        raise UserError(f"{path}: is a file, expected a folder", "choose another")
-    is_new = not path.exists()
-    path.mkdir(exist_ok=True)
-    try:
-        yield
-    finally:
-        if is_new and not any(path.iterdir()):
-            path.rmdir()
-
-
-def _progress(plan: CalibrationPlan) -> Progress:
-    return Progress(
-        TextColumn("calibrating"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeRemainingColumn(),
-        console=Console(stderr=True), disable=not (sys.stderr.isatty() and plan.n_tokens), transient=True,
-    )  # fmt: skip

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from moegguf.assembly import usable_cores
-from moegguf.commands.options import check_range
+from moegguf.commands.options import check_threads, print_json
+from moegguf.commands.progress import bytes_done
 from moegguf.edit.change import Change, check_copy, write_copy, write_in_place
 from moegguf.edit.finished import FinishedMix, read_mix
 from moegguf.errors import UserError, one_line
 from moegguf.journal import recover
 from moegguf.sizes import show_size
-
-MAX_THREADS = 512
 
 
 def add_output(parser: argparse._ActionsContainer, *, required: bool, what: str = "file to write") -> None:
@@ -36,7 +32,7 @@ def add_common(parser: argparse.ArgumentParser) -> None:
 
 def open_mix(args: argparse.Namespace) -> FinishedMix:
     """The mix to change, whole; what is wrong with the common flags is said before anything is read."""
-    check_range("--threads", args.threads, 1, MAX_THREADS)
+    check_threads(args.threads)
     if args.output:
         check_output(args)
         check_copy(args.file, args.output, overwrite=args.force)
@@ -64,28 +60,22 @@ def named_sources(values: Sequence[str]) -> dict[str, str]:
 
 
 def carry_out(args: argparse.Namespace, change: Change, done: str) -> int:
-    """Write `change`, to the output if there is one and else in place; say what was `done`. Returns the exit code."""
-    start, threads = time.monotonic(), args.threads or usable_cores()
-    with bytes_done("writing", change.n_bytes_to_do(in_place=args.output is None)) as progress:
-        if args.output:
-            written = write_copy(change, args.output, threads=threads, progress=progress)
-        else:
-            written = write_in_place(change, threads=threads, progress=progress)
-    seconds = time.monotonic() - start
+    """Write `change` and say what was `done`, in words or as JSON. Returns the exit code."""
+    report = make(quiet_for_json(args), args, change, done)
     if args.json:
-        report = {
-            "file": str(args.output or args.file),
-            "in_place": args.output is None,
-            "experts": [{"name": expert.name, "source": expert.source} for expert in change.card.experts],
-            "router": change.card.describe_router(),
-            "bytes_written": written.n_bytes,
-            "seconds": round(seconds, 3),
-            "notes": list(change.notes),
-        }
-        json.dump(report, sys.stdout, indent=2)
-        print()
-        return 0
-    console = Console(markup=False, highlight=False, soft_wrap=True)
+        print_json(report)
+    return 0
+
+
+def make(console: Console, args: argparse.Namespace, change: Change, done: str) -> dict:
+    """Write `change`, to the output if there is one and else in place; say what was `done`, and give it as JSON."""
+    start, threads = time.monotonic(), args.threads or usable_cores()
+    with bytes_done("writing", change.n_bytes_to_do(in_place=args.output is None)) as bar:
+        if args.output:
+            written = write_copy(change, args.output, threads=threads, progress=bar.did)
+        else:
+            written = write_in_place(change, threads=threads, progress=bar.did)
+    seconds = time.monotonic() - start
     for note in change.notes:
         console.print(f"note: {one_line(note)}")
     if cost := written.requantised:
@@ -96,14 +86,17 @@ def carry_out(args: argparse.Namespace, change: Change, done: str) -> int:
     size = f" ({show_size(written.n_bytes)})" if written.n_bytes else ""
     where = f"wrote {args.output}" if args.output else f"changed {args.file} in place"
     console.print(f"{where}{size} in {seconds:.2f} s: {one_line(done)}")
-    return 0
+    return {
+        "file": str(args.output or args.file),
+        "in_place": args.output is None,
+        "experts": [{"name": expert.name, "source": expert.source} for expert in change.card.experts],
+        "router": change.card.describe_router(),
+        "bytes_written": written.n_bytes,
+        "seconds": round(seconds, 3),
+        "notes": list(change.notes),
+    }
 
 
-@contextlib.contextmanager
-def bytes_done(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr, none in a pipe; it hears how many bytes have just been done."""
-    console = Console(stderr=True)
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=console, disable=not sys.stderr.isatty(), transient=True) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda n_bytes: bar.advance(task, n_bytes)
+def quiet_for_json(args: argparse.Namespace) -> Console:
+    """What goes to stdout in words; nothing where that is to be JSON."""
+    return Console(markup=False, highlight=False, emoji=False, soft_wrap=True, quiet=args.json)

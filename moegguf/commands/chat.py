@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moegguf.commands.options import add_device_arguments, add_memory_arguments, run_options
+from moegguf.commands.options import add_device_arguments, add_memory_arguments, check_range, check_threads, run_options
 from moegguf.errors import UserError
 from moegguf.runtime.sampling import DEFAULTS, SETTINGS, suggested_by_file
 
@@ -67,12 +67,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     machine = parser.add_argument_group("machine")
     machine.add_argument(
-        "--ctx", metavar="N", help="tokens that history and answer may take (default: the model's own, at most 4096)"
-    )
-    machine.add_argument("--threads", metavar="N", help="CPU threads (default: physical cores; more is rarely faster)")
+        "--ctx", type=int, metavar="N",
+        help="tokens that history and answer may take (default: the model's own, at most 4096)",
+    )  # fmt: skip
     machine.add_argument(
-        "--experts-used", metavar="K", help="experts per token, in place of the file's number; gate-less takes all"
+        "--threads", type=int, metavar="N", help="CPU threads (default: physical cores; more is rarely faster)"
     )
+    machine.add_argument(
+        "--experts-used", type=int, metavar="K",
+        help="experts per token, in place of the file's number; gate-less takes all",
+    )  # fmt: skip
     machine.add_argument(
         "--adapter", metavar="FILE", type=Path, help="run with this LoRA GGUF, say a router from `moegguf route export`"
     )
@@ -165,13 +169,16 @@ def _prompt(flag: str | None) -> str | None:
 
 
 def _run_options(args: argparse.Namespace) -> RunOptions:
-    from moegguf.runtime.run_options import MAX_THREADS, MIN_CTX
+    from moegguf.runtime.run_options import MIN_CTX
 
+    check_range("--ctx", args.ctx, MIN_CTX)
+    check_threads(args.threads)
+    check_range("--experts-used", args.experts_used, 1)
     return replace(
         run_options(args),
-        ctx=_whole("--ctx", args.ctx, MIN_CTX),
-        threads=_whole("--threads", args.threads, 1, MAX_THREADS),
-        experts_used=_whole("--experts-used", args.experts_used, 1),
+        ctx=args.ctx,
+        threads=args.threads,
+        experts_used=args.experts_used,
         adapter=args.adapter,
         verbose=args.verbose,
     )
@@ -182,14 +189,6 @@ def _warn_without_gpu(options: RunOptions) -> None:
 
     if options.offload.layers and not (options.offload.workers or has_gpu()):
         print("--gpu-layers has no effect: llama.cpp sees no GPU here; `moegguf doctor` says more", file=sys.stderr)
-
-
-def _whole(flag: str, text: str | None, low: int, high: int = 2**31 - 1) -> int | None:
-    if text is None:
-        return None
-    if not (text.isascii() and text.isdigit() and low <= int(text) <= high):
-        raise UserError(f"{flag} is {text!r}, expected a whole number from {low} to {high}")
-    return int(text)
 
 
 # --- one prompt ---

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict
 from pathlib import Path
+
+from moegguf.commands.options import print_json
 
 HELP = "Say what this machine can run, and what is missing."
 EXAMPLES = """\
@@ -25,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
 
     machine = inspect_machine(Path.cwd())
     if args.json:
-        print(json.dumps({**asdict(machine), "advice": advice(machine)}, indent=2))
+        print_json({**asdict(machine), "advice": advice(machine)})
     else:
         print("\n".join(_report(machine)))
         print("\n".join(f"  - {line}" for line in advice(machine)))

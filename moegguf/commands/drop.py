@@ -29,4 +29,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     change = plan_drop(open_mix(args), args.experts)
-    return carry_out(args, change, f"without {', '.join(args.experts)}, {change.card.describe_router()}")
+    return carry_out(args, change, f"without {', '.join(dict.fromkeys(args.experts))}, {change.card.describe_router()}")

@@ -7,7 +7,6 @@ asked for again costs nothing. Standard benchmarks run through lm-evaluation-har
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -18,17 +17,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
 from moegguf import __version__
 from moegguf.commands.options import (
     add_device_arguments,
     add_json_arguments,
+    cache_folder,
     check_range,
+    check_threads,
     device_options,
     report_json,
 )
+from moegguf.commands.progress import counted
 from moegguf.errors import UserError, one_line
 from moegguf.gguf_header import file_identity, read_header
 from moegguf.measure.harness import HarnessRun, check_harness, run_harness
@@ -42,7 +43,7 @@ from moegguf.runtime.completions import CompletionServer
 from moegguf.runtime.encode import Encoded, encode
 from moegguf.runtime.model import Model, open_model
 from moegguf.runtime.offload import WHAT_FITS
-from moegguf.runtime.run_options import MAX_THREADS, MIN_CTX, RunOptions
+from moegguf.runtime.run_options import MIN_CTX, RunOptions
 from moegguf.runtime.template import chat_template, end_of_turn
 from moegguf.texts import Chat, Completion, Record, read_domains
 from moegguf.torch_engine import identity, open_checked, open_engine
@@ -159,7 +160,7 @@ class _Report:
 
 def _run_options(args: argparse.Namespace) -> RunOptions:
     check_range("--ctx", args.ctx, MIN_CTX)
-    check_range("--threads", args.threads, 1, MAX_THREADS)
+    check_threads(args.threads)
     check_range("--limit", args.limit, 1)
     check_range("--max-tokens", args.max_tokens, 1)
     return RunOptions(ctx=args.ctx, threads=args.threads, offload=device_options(args))
@@ -288,16 +289,16 @@ def _reports(args: argparse.Namespace) -> list[_Report]:
 
 def _measure(args: argparse.Namespace, options: RunOptions, tasks: Sequence[Task], reports: Sequence[_Report]) -> None:
     """Fill the figures of `reports`. What is kept already is not asked again."""
-    folder = args.cache or _cache_folder()
+    folder = args.cache or cache_folder("eval")
     n_total = len(reports) * sum(len(task.items) for task in tasks)
     n_known = 0
     try:
-        with _progress() as bar:
-            shown = bar.add_task("", total=n_total)
+        with counted("", n_total, "items") as bar:
             for report in reports:
                 for task, n_more in _ask(args, options, report, tasks, folder):
                     n_known += n_more
-                    bar.update(shown, advance=n_more, description=one_line(f"{report.name}  {task.name}"))
+                    bar.says(f"{report.name}  {task.name}")
+                    bar.did(n_more)
     except KeyboardInterrupt:
         print(f"{n_known} of {n_total} outcomes are kept in {folder}: the same command goes on there", file=sys.stderr)
         raise
@@ -321,22 +322,6 @@ def _ask(
                     yield task, 1
             report.outcomes[task.name] = [known[i] for i in range(len(task.items))]
             report.figures[task.name] = figure(task.metric, report.outcomes[task.name])
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=not sys.stderr.isatty(),
-        transient=True,
-    )
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moegguf" / "eval"
 
 
 def _harness(args: argparse.Namespace, options: RunOptions, report: _Report) -> HarnessRun:

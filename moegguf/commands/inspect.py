@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import sys
 from pathlib import Path
 
 from gguf import LlamaFileType
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Column, Table
 
+from moegguf.commands.options import print_json
+from moegguf.commands.progress import bytes_done
 from moegguf.errors import one_line
 from moegguf.inspection import Inspection, check, inspect
 from moegguf.metadata import Card
@@ -36,17 +35,15 @@ def run(args: argparse.Namespace) -> int:
     found = inspect(args.file)
     faults = _check_with_progress(found) if args.check else None
     if args.json:
-        json.dump(_as_json(found, faults), sys.stdout, indent=2)
-        print()
+        print_json(_as_json(found, faults))
     else:
         _print(Console(markup=False), found, faults)
     return 1 if faults else 0
 
 
 def _check_with_progress(found: Inspection) -> list[str]:
-    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
-        task = bar.add_task("checking", total=found.n_bytes)
-        return check(found.path, lambda n_bytes: bar.advance(task, n_bytes))
+    with bytes_done("checking", found.n_bytes) as bar:
+        return check(found.path, bar.did)
 
 
 def _print(console: Console, found: Inspection, faults: list[str] | None) -> None:

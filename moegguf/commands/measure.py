@@ -6,18 +6,23 @@ The reference's logits are kept on disk, so that the next file is measured witho
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from moegguf.commands.options import add_device_arguments, check_range, device_options
+from moegguf.commands.options import (
+    add_device_arguments,
+    cache_folder,
+    check_range,
+    check_threads,
+    device_options,
+    print_json,
+)
+from moegguf.commands.progress import counted
 from moegguf.divergences import (
     CHUNK,
     KeptReference,
@@ -34,7 +39,6 @@ from moegguf.gguf_header import Header, read_header
 from moegguf.measure.divergence import Divergence, Estimate
 from moegguf.recipe import find_recipes_file, load_recipe
 from moegguf.runtime.offload import Offload
-from moegguf.runtime.run_options import MAX_THREADS
 from moegguf.texts import Record, read_domains
 
 HELP = """\
@@ -90,7 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the reference unless its logits are there, then every model; print how far each is from it."""
     check_range("--max-tokens", args.max_tokens, 1)
-    check_range("--threads", args.threads, 1, MAX_THREADS)
+    check_threads(args.threads)
     offload = device_options(args)
     reference = _check_models(args)
     chunks = sequences_of(
@@ -99,8 +103,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console(stderr=args.json, markup=False, highlight=False, emoji=False, width=_width(args.json))
     measured = _measure(args, reference, chunks, offload, console)
     if args.json:
-        json.dump(_as_json(args, measured), sys.stdout, indent=2)
-        print()
+        print_json(_as_json(args, measured))
     else:
         _print(console, measured)
     return 0
@@ -184,21 +187,16 @@ def _measure(
         state = "will be kept" if must_run else "are there already"
         console.print(f"the reference's logits {state}: {_size(kept.nbytes)}, {kept.path}", soft_wrap=True)
     measured = []
-    with _progress() as bar:
-        task = bar.add_task("", total=n_tokens * (must_run + len(args.models)))
-
-        def advance(what: str) -> Callable[[int], None]:
-            bar.update(task, description=one_line(what))
-            return lambda n: bar.advance(task, n)
-
+    with counted(reference.path.name, n_tokens * (must_run + len(args.models)), "tokens") as bar:
         if must_run:
-            kept.write(threads=args.threads, progress=advance(reference.path.name))
+            kept.write(threads=args.threads, progress=bar.did)
         for name, path in _named(args.models).items():
+            bar.says(name)
             if kept:
-                divergence = kept.compare(path, threads=args.threads, progress=advance(name))
+                divergence = kept.compare(path, threads=args.threads, progress=bar.did)
             else:
                 divergence = compare(reference.path, path, sequences, threads=args.threads, offload=offload,
-                                     progress=advance(name))  # fmt: skip
+                                     progress=bar.did)  # fmt: skip
             by_text = dict(zip(chunks, divergence.split(map(len, chunks.values())), strict=True))
             measured.append(_Measured(name, path, by_text))
     return measured
@@ -207,24 +205,13 @@ def _measure(
 def _kept(args: argparse.Namespace, reference: Header, sequences: Sequence[Tokens], offload: Offload) -> KeptReference:
     if args.reference_logits:
         return KeptReference(args.reference_logits, reference, sequences, offload)
-    return kept_in(args.cache or _cache_folder(), reference, sequences, offload=offload)
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moegguf" / "measure"
+    return kept_in(args.cache or cache_folder("measure"), reference, sequences, offload=offload)
 
 
 def _named(models: Sequence[Path]) -> dict[str, Path]:
     """Name → model, in order: the file's stem, or the whole path where two share a stem."""
     stems = [path.stem for path in models]
     return {path.stem if stems.count(path.stem) == 1 else str(path): path for path in models}
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"),
-        TimeRemainingColumn(), console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True,
-    )  # fmt: skip
 
 
 # --- what is shown ---
@@ -303,24 +290,9 @@ def _as_json(args: argparse.Namespace, measured: Sequence[_Measured]) -> dict:
                 "name": model.name,
                 "path": str(model.path),
                 "size": model.path.stat().st_size,
-                "texts": {text: _figures(divergence) for text, divergence in model.texts.items()},
-                "overall": _figures(Divergence.joined(model.texts.values())),
+                "texts": {text: divergence.as_json() for text, divergence in model.texts.items()},
+                "overall": Divergence.joined(model.texts.values()).as_json(),
             }
             for model in measured
         ],
-    }
-
-
-def _figures(divergence: Divergence) -> dict:
-    percentiles = {
-        name: divergence.kld_percentile(percent) for name, percent in (("median", 50), ("p99", 99), ("max", 100))
-    }
-    return {
-        "tokens": divergence.n_tokens,
-        "chunks": divergence.n_chunks,
-        "kld": {"mean": divergence.kld.value, "error": divergence.kld.error, **percentiles},
-        "top1": {"share": divergence.top1.value, "ci": divergence.top1_interval},
-        "p_change": divergence.p_change._asdict(),
-        "perplexity": divergence.perplexity._asdict(),
-        "perplexity_reference": divergence.perplexity_reference._asdict(),
     }

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from pathlib import Path
 
-from rich.console import Console
-
 from moegguf.assembly import usable_cores
-from moegguf.commands.changes import MAX_THREADS, add_common, add_output, bytes_done, check_output
-from moegguf.commands.options import check_range
+from moegguf.commands.changes import add_common, add_output, check_output, quiet_for_json
+from moegguf.commands.options import check_threads, print_json
+from moegguf.commands.progress import bytes_done
 from moegguf.edit.shards import plan_merge, write_merged
 from moegguf.sizes import show_size
 
@@ -31,15 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    check_range("--threads", args.threads, 1, MAX_THREADS)
+    check_threads(args.threads)
     check_output(args)
     merged = plan_merge(args.file, args.output, overwrite=args.force)
-    with bytes_done("writing", merged.n_tensor_bytes) as progress:
-        write_merged(merged, threads=args.threads or usable_cores(), progress=progress)
+    with bytes_done("writing", merged.n_tensor_bytes) as bar:
+        write_merged(merged, threads=args.threads or usable_cores(), progress=bar.did)
     if args.json:
-        json.dump({"file": str(merged.path), "bytes": merged.n_bytes}, sys.stdout, indent=2)
-        print()
-    else:
-        console = Console(markup=False, highlight=False, soft_wrap=True)
-        console.print(f"wrote {merged.path} ({show_size(merged.n_bytes)})")
+        print_json({"file": str(merged.path), "bytes": merged.n_bytes})
+    quiet_for_json(args).print(f"wrote {merged.path} ({show_size(merged.n_bytes)})")
     return 0

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from moegguf.runtime.offload import Offload, Override
 
 LARGEST = 2**31 - 1
+MAX_THREADS = 512
+"""GGML_MAX_N_THREADS."""
 KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 """What llama.cpp's key-value cache can be (common/arg.cpp)."""
 
@@ -28,6 +30,11 @@ def check_range(flag: str, value: int | None, low: int, high: int = LARGEST) -> 
     """Raises UserError for a number outside of low … high; None is a flag that was not given."""
     if value is not None and not low <= value <= high:
         raise UserError(f"{flag} {value}: expected a whole number from {low} to {high}", "leave it out for the default")
+
+
+def check_threads(n: int | None) -> None:
+    """Raises UserError for a --threads that ggml cannot start."""
+    check_range("--threads", n, 1, MAX_THREADS)
 
 
 def add_device_arguments(parser: argparse.ArgumentParser) -> None:
@@ -184,12 +191,25 @@ def add_json_arguments(group: argparse._ArgumentGroup) -> None:
 
 def report_json(args: argparse.Namespace, content: object) -> None:
     """Print and write `content` as `add_json_arguments` asks."""
-    text = json.dumps(content, indent=2) + "\n"
     if args.json:
-        sys.stdout.write(text)
+        print_json(content)
     if args.save:
         with atomic_file(args.save) as file:
-            file.write(text.encode())
+            file.write(_json(content).encode())
+
+
+def print_json(content: object) -> None:
+    """The one document that a command with `--json` writes to stdout."""
+    sys.stdout.write(_json(content))
+
+
+def _json(content: object) -> str:
+    return json.dumps(content, indent=2) + "\n"
+
+
+def cache_folder(command: str) -> Path:
+    """Where a command keeps what it can work out again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moegguf" / command
 
 
 def from_here(ref: str | None) -> str | None:

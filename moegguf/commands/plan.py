@@ -7,7 +7,6 @@ out its buffers without allocating them. A described GPU is taken to need the co
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +14,14 @@ from itertools import chain, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moegguf.commands.options import add_device_arguments, add_memory_arguments, check_range, run_options
+from moegguf.commands.options import (
+    add_device_arguments,
+    add_memory_arguments,
+    check_range,
+    check_threads,
+    print_json,
+    run_options,
+)
 from moegguf.errors import UserError
 from moegguf.sizes import parse_size, show_size
 
@@ -58,15 +64,15 @@ def run(args: argparse.Namespace) -> int:
     from moegguf.metadata import read_card
     from moegguf.runtime.model import check_experts_used
     from moegguf.runtime.planning import suggestions
-    from moegguf.runtime.run_options import MAX_THREADS, MIN_CTX
+    from moegguf.runtime.run_options import MIN_CTX
 
     check_range("--ctx", args.ctx, MIN_CTX)
-    check_range("--threads", args.threads, 1, MAX_THREADS)
+    check_threads(args.threads)
     model = whole(read_header(args.model))
     card = read_card(model)
     check_experts_used(model, card, args.experts_used)
     options = replace(run_options(args), ctx=args.ctx, threads=args.threads, experts_used=args.experts_used)
-    machine = _described(args) if args.vram or args.ram else _this_one(args, options)
+    machine = _described(args) if (args.vram, args.ram) != (None, None) else _this_one(args, options)
 
     def outlook(options: RunOptions) -> Outlook:
         return machine.outlook(model, options)
@@ -74,8 +80,7 @@ def run(args: argparse.Namespace) -> int:
     found = outlook(options)
     advice = suggestions(found, model, card, options, outlook)
     if args.json:
-        json.dump(_as_json(found, advice), sys.stdout, indent=2)
-        print()
+        print_json(_as_json(found, advice))
     else:
         _print(found, advice)
     return 0 if found.fits else 1
@@ -122,7 +127,7 @@ def _described(args: argparse.Namespace) -> _Machine:
 
     if args.rpc or args.device or args.main_gpu is not None:
         raise UserError("--vram and --ram describe another machine", "leave --rpc, --device and --main-gpu out")
-    sizes = [_size("--vram", size) for size in (args.vram.split(",") if args.vram else ())]
+    sizes = [_size("--vram", size) for size in ([] if args.vram is None else args.vram.split(","))]
     devices = [Device(f"GPU{i}", "described", "GPU", size, size) for i, size in enumerate(sizes)]
     speeds = dict.fromkeys((device.name for device in devices), _size("--vram-bandwidth", args.vram_bandwidth))
     speeds[CPU] = _size("--bandwidth", args.bandwidth)

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import sys
-import time
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column, Table
 
-from moegguf.commands.options import check_range
-from moegguf.edit.change import Change, check_copy, write_copy
+from moegguf.commands.changes import add_common, add_output, make, open_mix, quiet_for_json
+from moegguf.commands.options import check_range, print_json
+from moegguf.commands.progress import counted
 from moegguf.edit.experts import plan_drop
-from moegguf.edit.finished import FinishedMix, read_mix
+from moegguf.edit.finished import FinishedMix
 from moegguf.errors import UserError, one_line
 from moegguf.recipe import find_recipes_file, load_recipe
 from moegguf.texts import Record, read_domains
+
+if TYPE_CHECKING:
+    from moegguf.saliency import Rank, Tokens
 
 HELP = """\
 Write a mix again without some of its experts, and say what that costs. Bytes of the others are copied; nothing is
@@ -41,8 +44,6 @@ demo:DOMAIN
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from moegguf.runtime.run_options import MAX_THREADS
-
     parser.add_argument("file", type=Path, metavar="MIX", help="a mix with experts in stacks: layout mixtral or shared")
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--drop", action="append", metavar="NAME", help="an expert to leave out; once for each")
@@ -52,30 +53,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument("--domains", metavar="RECIPE", help="the texts under `domains` of this recipe")
     text.add_argument("--recipes", type=Path, metavar="FILE", help="recipes file (default: moegguf's models.toml)")
     text.add_argument("--max-tokens", type=int, default=4096, metavar="N", help="of each text (default: 4096)")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="file to write")
-    parser.add_argument("--force", action="store_true", help="replace the output file if it exists")
-    parser.add_argument("--threads", type=int, metavar="N", help=f"CPU threads, at most {MAX_THREADS}")
+    add_output(parser, required=True)
+    add_common(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    from moegguf.runtime.run_options import MAX_THREADS
     from moegguf.saliency import halves
 
     check_range("--max-tokens", args.max_tokens, 2)
-    check_range("--threads", args.threads, 1, MAX_THREADS)
-    if args.output.suffix != ".gguf":
-        raise UserError(f"-o {args.output}: expected a name that ends in .gguf", "runtimes look for that ending")
-    console = Console(markup=False, highlight=False)
-    mix = read_mix(args.file)
+    mix = open_mix(args)
     _check_keep(mix, args)
-    check_copy(args.file, args.output, overwrite=args.force)
     plan_drop(mix, args.drop or mix.routed_names[args.keep :])  # or fail now
     texts = _texts(args)
     to_rank, to_measure = halves(mix.header, texts, args.max_tokens) if texts else ([], [])
-    drop = args.drop or _least(console, mix, to_rank, args)
-    _write(console, mix, plan_drop(mix, drop), drop, args)
-    if to_measure:
-        _print_cost(console, mix, to_measure, args)
+    console = quiet_for_json(args)
+    ranks = _ranked(console, mix, to_rank, args) if args.keep else []
+    drop = list(dict.fromkeys(args.drop or [one.expert for one in ranks[args.keep :]]))
+    change = plan_drop(mix, drop)
+    report = make(console, args, change, f"without {', '.join(drop)}, {change.card.describe_router()}")
+    cost = _measured(console, mix, to_measure, args) if to_measure else None
+    if args.json:
+        print_json(report | {"dropped": drop, "ranking": list(map(dataclasses.asdict, ranks)), "cost": cost})
     return 0
 
 
@@ -105,13 +103,13 @@ def _texts(args: argparse.Namespace) -> Mapping[str, Sequence[Record]]:
     return texts
 
 
-def _least(console: Console, mix: FinishedMix, chunks: Sequence, args: argparse.Namespace) -> list[str]:
-    """The experts that matter least, and all but `--keep` of them. Prints the ranking."""
+def _ranked(console: Console, mix: FinishedMix, chunks: Sequence[Tokens], args: argparse.Namespace) -> list[Rank]:
+    """The experts, the one that matters most first. Prints them."""
     from moegguf.saliency import rank
 
     n_tokens = sum(map(len, chunks))
-    with _bar("ranking", n_tokens) as bar:
-        ranks = rank(mix, chunks, threads=args.threads, progress=lambda n: bar.advance(bar.task_ids[0], n))
+    with counted("ranking", n_tokens, "tokens") as bar:
+        ranks = rank(mix, chunks, threads=args.threads, progress=bar.did)
     table = Table("expert", Column("score", justify="right"), Column("tokens", justify="right"), "", box=None,
                   pad_edge=False)  # fmt: skip
     for place, one in enumerate(ranks):
@@ -119,40 +117,19 @@ def _least(console: Console, mix: FinishedMix, chunks: Sequence, args: argparse.
         table.add_row(one_line(one.expert), f"{one.score:.3f}", f"{one.share:.1%}", verdict)
     console.print(f"share of each expert in the router-weighted norm of outputs (REAP), {n_tokens} tokens:")
     console.print(table)
-    return [one.expert for one in ranks[args.keep :]]
+    return ranks
 
 
-def _write(console: Console, mix: FinishedMix, change: Change, drop: Sequence[str], args: argparse.Namespace) -> None:
-    start = time.monotonic()
-    n_bytes = write_copy(change, args.output, threads=args.threads or 1).n_bytes
-    for note in change.notes:
-        console.print(f"note: {one_line(note)}", soft_wrap=True)
-    old = mix.header.file_size
-    console.print(
-        f"wrote {args.output} ({n_bytes / 1e6:.2f} MB, was {old / 1e6:.2f} MB) without {', '.join(drop)} in "
-        f"{time.monotonic() - start:.2f} s: {change.card.describe_router()}",
-        soft_wrap=True,
-    )
-
-
-def _print_cost(console: Console, mix: FinishedMix, chunks: Sequence, args: argparse.Namespace) -> None:
+def _measured(console: Console, mix: FinishedMix, chunks: Sequence[Tokens], args: argparse.Namespace) -> dict:
+    """What was lost, as JSON. Prints it."""
     from moegguf.saliency import measure_cost
 
-    with _bar("measuring", 2 * sum(len(chunk) - 1 for chunk in chunks)) as bar:
-        cost = measure_cost(
-            mix, args.output, chunks, threads=args.threads, progress=lambda n: bar.advance(bar.task_ids[0], n)
-        )
+    with counted("measuring", 2 * sum(len(chunk) - 1 for chunk in chunks), "tokens") as bar:
+        cost = measure_cost(mix, args.output, chunks, threads=args.threads, progress=bar.did)
     error = "" if cost.kld.error is None else f" ± {cost.kld.error:.1g}"
     console.print(
         f"cost: KLD {cost.kld.value:.2g}{error} nats from the full mix, which finds the same token likeliest "
         f"{cost.top1.value:.1%} of the time; perplexity {cost.perplexity.value:.3f}, was "
-        f"{cost.perplexity_reference.value:.3f} ({cost.n_tokens} held-out tokens)",
-        soft_wrap=True,
+        f"{cost.perplexity_reference.value:.3f} ({cost.n_tokens} held-out tokens)"
     )
-
-
-def _bar(what: str, total: int) -> Progress:
-    bar = Progress(TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"),
-                   console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True)  # fmt: skip
-    bar.add_task("", total=total)
-    return bar
+    return cost.as_json()

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 
+from moegguf.commands.options import print_json
 from moegguf.errors import UserError, one_line
 from moegguf.recipe import Recipe, RouterMode, find_recipes_file, load_recipe, load_tables
 
@@ -37,8 +36,7 @@ def run(args: argparse.Namespace) -> int:
     if faults:
         raise UserError.of(faults)
     if args.json:
-        json.dump([_as_json(recipe) for recipe in recipes], sys.stdout, indent=2)
-        print()
+        print_json([_as_json(recipe) for recipe in recipes])
         return 0
     console = Console()
     for recipe in recipes:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moegguf.commands.options import add_device_arguments, add_memory_arguments, check_range, run_options
+from moegguf.commands.options import add_device_arguments, add_memory_arguments, check_range, check_threads, run_options
 from moegguf.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,12 +28,16 @@ from the xllamacpp package: pip install 'moegguf[serve]'.
 
 Requests are answered at the same time, as many as there are slots; more wait. Answers under way are finished when the
 server is stopped with Ctrl-C or SIGTERM; a second Ctrl-C breaks them off.
+
+With --rpc, --device or --experts-used, which llama.cpp's server there lacks, a small server of moegguf's own answers:
+chat and completions, one answer at a time, without web page, embeddings and adapters.
 """
 EXAMPLES = """\
 examples:
   moegguf serve mix.gguf                                        http://127.0.0.1:8080, for this machine alone
   moegguf serve mix.gguf code=coder.gguf --parallel 8           two models: "mix" and "code"
   moegguf serve mix.gguf --host 0.0.0.0 --api-key-file key.txt --tls-cert cert.pem --tls-key key.pem
+  moegguf serve mix.gguf --rpc 192.168.1.5:50052                with the devices that `moegguf worker` lends there
 
   moegguf serve mix.gguf --adapter math.gguf --adapter law.gguf     routers that requests choose between
     A request takes a router with "lora": [{"id": 0, "scale": 1}] beside its "messages": id 0 is the first file, and
@@ -41,6 +45,7 @@ examples:
     Without "lora" it gets the file's own router.
 """
 _KEY_VARIABLE = "MOEGGUF_API_KEY"
+_DEFAULT_SLOTS = 4
 _MAX_SLOTS = 256  # LLAMA_MAX_SEQ of llama.cpp
 
 
@@ -75,8 +80,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     machine = parser.add_argument_group("machine")
     machine.add_argument(
-        "--parallel", type=int, default=4, metavar="N", help="slots: requests answered at the same time (default: 4)"
-    )
+        "--parallel", type=int, metavar="N",
+        help=f"slots: requests answered at the same time (default: {_DEFAULT_SLOTS})",
+    )  # fmt: skip
     machine.add_argument(
         "--ctx", type=int, metavar="N",
         help="tokens of each slot, for history and answer; memory is taken for N times --parallel "
@@ -87,6 +93,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens evaluated at once, and the longest text to embed (default: 512)",
     )  # fmt: skip
     machine.add_argument("--threads", type=int, metavar="N", help="CPU threads of each model (default: physical cores)")
+    machine.add_argument(
+        "--experts-used", type=int, metavar="K",
+        help="experts per token, in place of the file's number; gate-less takes all",
+    )  # fmt: skip
     machine.add_argument("-v", "--verbose", action="store_true", help="show llama.cpp's log on stderr")
     add_device_arguments(parser)
     add_memory_arguments(parser)
@@ -159,22 +169,51 @@ def _text(path: Path) -> str:
 
 def _models(args: argparse.Namespace) -> list[Served]:
     """Every model with its adapters, checked. Raises UserError with all faults that are found."""
-    from moegguf.runtime.serve.models import prepare
+    from moegguf.runtime.serve.models import only_own_can, prepare, prepare_own
 
     paths = _named_paths(args.models)
     adapters = _adapters(args.adapter, list(paths))
     options = _run_options(args)
-    return [prepare(name, path, options, slots=args.parallel, adapters=adapters[name]) for name, path in paths.items()]
+    if flags := only_own_can(options):
+        _check_own(args, flags)
+        return [prepare_own(name, path, options) for name, path in paths.items()]
+    slots = args.parallel or _DEFAULT_SLOTS
+    return [prepare(name, path, options, slots=slots, adapters=adapters[name]) for name, path in paths.items()]
 
 
 def _run_options(args: argparse.Namespace) -> RunOptions:
-    from moegguf.runtime.run_options import MAX_THREADS, MIN_CTX
+    from moegguf.runtime.run_options import MIN_CTX
 
     check_range("--parallel", args.parallel, 1, _MAX_SLOTS)
-    check_range("--ctx", args.ctx, MIN_CTX, (2**31 - 1) // args.parallel)
+    check_range("--ctx", args.ctx, MIN_CTX, (2**31 - 1) // (args.parallel or _DEFAULT_SLOTS))
     check_range("--batch", args.batch, 32)
-    check_range("--threads", args.threads, 1, MAX_THREADS)
-    return replace(run_options(args), ctx=args.ctx, batch=args.batch, threads=args.threads, verbose=args.verbose)
+    check_range("--experts-used", args.experts_used, 1)
+    check_threads(args.threads)
+    return replace(
+        run_options(args),
+        ctx=args.ctx,
+        batch=args.batch,
+        threads=args.threads,
+        experts_used=args.experts_used,
+        verbose=args.verbose,
+    )
+
+
+def _check_own(args: argparse.Namespace, flags: Sequence[str]) -> None:
+    """Raises UserError for what moegguf's own server, which these flags ask for, cannot do."""
+    if (args.parallel or 1) > 1:
+        raise UserError(
+            f"--parallel {args.parallel}: with {', '.join(flags)} there is one answer at a time", "leave --parallel out"
+        )
+    if args.adapter:
+        raise UserError(
+            f"--adapter: with {', '.join(flags)} requests cannot choose adapters",
+            "build the mix with that router, or leave one of the flags out",
+        )
+    if args.rpc and len(args.models) > 1:
+        raise UserError(
+            f"--rpc: a worker serves one program at a time, not {len(args.models)} models", "serve one of them"
+        )
 
 
 def _named_paths(texts: Sequence[str]) -> dict[str, Path]:
@@ -214,7 +253,7 @@ def _what_is_served(models: Sequence[Served], url: str, *, has_key: bool) -> lis
     body = f'{{"model": "{models[0].settings.name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
     return [
         *(line for served in models for line in _about(served)),
-        f"web page         {url}",
+        *([f"web page         {url}"] if not models[0].only_own else []),
         f"OpenAI base URL  {url}/v1",
         f"try              curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'",
         "Ctrl-C stops it",
@@ -224,6 +263,11 @@ def _what_is_served(models: Sequence[Served], url: str, *, has_key: bool) -> lis
 def _about(served: Served) -> list[str]:
     settings, card = served.settings, served.card
     kind = f"{len(card.experts)} experts, router {card.router}" if card else "no mix, a plain model"
+    if served.only_own:
+        return [
+            f"serving          {settings.name} ({kind}): one answer at a time, of {served.ctx} tokens with its history",
+            f"                 as {' and '.join(served.only_own)} needs moegguf's own server; llama.cpp's here cannot",
+        ]
     return [
         f"serving          {settings.name} ({kind}): {settings.slots} slots of {settings.ctx} tokens each",
         *(f"                 adapter {number}: {path}" for number, path in enumerate(settings.adapters)),

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from moegguf.commands.changes import add_common, add_output, carry_out, open_mix
+from moegguf.commands.changes import add_common, add_output, carry_out, open_mix, quiet_for_json
+from moegguf.commands.options import print_json
 from moegguf.edit.keys import TEMPLATE, TEXTS, plan_set
 from moegguf.errors import UserError
-from moegguf.journal import locked
+from moegguf.gguf_header import read_header
+from moegguf.journal import recover
 
 HELP = """\
 Change what a mix says of itself, its chat template, and how many experts run for a token: in place and in a moment, as
@@ -43,10 +45,14 @@ def run(args: argparse.Namespace) -> int:
     if texts or args.k is not None:
         what = [key.rpartition(".")[2] for key in texts] + ["k"] * (args.k is not None)
         return carry_out(args, plan_set(open_mix(args), texts, args.k), f"{', '.join(what)} set")
-    if not args.recover:
+    if not args.recover or args.output:
         raise UserError("nothing to set", "see `moegguf set --help`")
-    with locked(args.file):
-        print(f"{args.file} is whole")
+    is_undone = recover(args.file)
+    read_header(args.file)
+    if args.json:
+        print_json({"file": str(args.file), "undone": is_undone})
+    state = "an interrupted change of it was undone" if is_undone else "no change of it was interrupted"
+    quiet_for_json(args).print(f"{args.file}: {state}")
     return 0
 
 
@@ -56,8 +62,10 @@ def _template(path: Path) -> str:
 
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error})", "check the path given to --template") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is no text in UTF-8", "convert it") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})", "check the path given to --template") from error
     try:
         ChatTemplate(text, "<bos>", "<eos>").prompt([{"role": "user", "content": "hello"}])
     except UserError as error:

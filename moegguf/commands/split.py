@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from pathlib import Path
 
-from rich.console import Console
-
 from moegguf.assembly import usable_cores
-from moegguf.commands.changes import MAX_THREADS, bytes_done
-from moegguf.commands.options import check_range
+from moegguf.commands.changes import quiet_for_json
+from moegguf.commands.options import check_threads, print_json
+from moegguf.commands.progress import bytes_done
 from moegguf.edit.shards import plan_split, write_parts
 from moegguf.errors import UserError
 from moegguf.sizes import parse_size, show_size
@@ -37,20 +34,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    check_range("--threads", args.threads, 1, MAX_THREADS)
+    check_threads(args.threads)
     try:
         max_bytes = parse_size(args.max_size)
     except UserError as error:
         raise UserError(f"--max-size {error.message}", error.mend) from None
     prefix = args.output or args.file.with_suffix("")
+    if prefix.is_dir():
+        raise UserError(f"-o {prefix}: is a folder, the parts need a name", f"write -o {prefix / args.file.stem}")
     parts = plan_split(args.file, max_bytes, prefix, overwrite=args.force)
-    with bytes_done("writing", sum(part.n_tensor_bytes for part in parts)) as progress:
-        write_parts(args.file, parts, threads=args.threads or usable_cores(), progress=progress)
+    with bytes_done("writing", sum(part.n_tensor_bytes for part in parts)) as bar:
+        write_parts(args.file, parts, threads=args.threads or usable_cores(), progress=bar.did)
     if args.json:
-        json.dump([{"file": str(part.path), "bytes": part.n_bytes} for part in parts], sys.stdout, indent=2)
-        print()
-        return 0
-    console = Console(markup=False, highlight=False, soft_wrap=True)
+        print_json([{"file": str(part.path), "bytes": part.n_bytes} for part in parts])
+    console = quiet_for_json(args)
     for part in parts:
         console.print(f"wrote {part.path} ({show_size(part.n_bytes)})")
     console.print(f"runtimes open the first one; to put them together: moegguf merge {parts[0].path}")

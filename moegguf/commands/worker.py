@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from ipaddress import ip_address
 from typing import TextIO
 
-from moegguf.commands.options import check_range, device_names, host_and_port
+from moegguf.commands.options import check_threads, device_names, host_and_port
 from moegguf.errors import UserError
 from moegguf.sizes import show_size
 
@@ -54,10 +54,9 @@ def run(args: argparse.Namespace) -> int:
     """Serve until Ctrl-C, which is no failure. Raises UserError when it cannot listen."""
     from moegguf.runtime.log import llama_log
     from moegguf.runtime.machine import physical_cores
-    from moegguf.runtime.run_options import MAX_THREADS
     from moegguf.runtime.workers import is_up, lent, serve
 
-    check_range("--threads", args.threads, 1, MAX_THREADS)
+    check_threads(args.threads)
     host, port = _address(args.listen, others_may=args.i_know_it_is_unauthenticated)
     _check_free(host, port)
     llama_log().start(args.verbose)

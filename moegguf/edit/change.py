@@ -14,7 +14,7 @@ from pathlib import Path
 
 from moegguf.assembly import check_target, verify
 from moegguf.atomic import check_space
-from moegguf.edit.finished import FinishedMix
+from moegguf.edit.finished import FinishedMix, read_mix
 from moegguf.errors import UserError
 from moegguf.journal import Patch, held, locked, undoable, write
 from moegguf.layouts.form import copy
@@ -106,7 +106,7 @@ def refitted_header(mix: FinishedMix, file: BufferedRandom, metadata: Metadata) 
     old = header(mix.metadata)
     file.seek(0)
     if file.read(len(old)) != old or SPARE not in mix.metadata:
-        raise UserError(f"{mix.path}: its header was changed by another program", _ANEW)
+        raise UserError(f"{mix.path}: its header was changed by another program, or just now", _ANEW)
     n_spare = len(mix.metadata[SPARE].value) + len(old) - len(header(metadata))
     if n_spare < 1:
         raise UserError(f"{mix.path}: its header has room for {1 - n_spare} bytes less than that takes", _ANEW)
@@ -145,6 +145,8 @@ def write_copy(
     check_space(output.parent, len(header) + data_bytes(change.planned), "the copy")
     verify(change.to_verify, progress)
     with held(change.mix.path):
+        if read_mix(change.mix.path).metadata != change.mix.metadata:
+            raise UserError(f"{change.mix.path}: was changed meanwhile", "try again")
         return write_gguf(output, header, change.planned, threads, progress)
 
 

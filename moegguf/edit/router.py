@@ -12,9 +12,11 @@ from pathlib import Path
 import numpy as np
 from gguf import GGUFValue, GGUFValueType
 
+from moegguf.assembly import check_target
 from moegguf.edit.change import refitted_header, with_card
 from moegguf.edit.finished import FinishedMix
 from moegguf.errors import UserError
+from moegguf.gguf_header import read_header
 from moegguf.journal import Patch, apply, locked
 from moegguf.metadata import Card
 from moegguf.recipe import Layout, RouterMode, RouterSpec
@@ -150,8 +152,7 @@ def write_adapter(mix: FinishedMix, router: Router, output: Path) -> None:
             f"{mix.path}: runs {mix.card.k} experts a token, the router {router.k}, and no adapter can change that",
             f"set it in the file with `moegguf route set`, or fit it with --k {mix.card.k}",
         )
-    if output.exists() and output.samefile(mix.path):
-        raise UserError(f"{output}: is the mix itself", "choose another -o")
+    _check_adapter_target(output)
     old = router_of(mix)
     tensors = [
         constant(f"{info.name}.{part}", values)
@@ -170,3 +171,12 @@ def write_adapter(mix: FinishedMix, router: Router, output: Path) -> None:
         "adapter.lora.alpha": GGUFValue(float(len(router.experts)), GGUFValueType.FLOAT32),
     }
     write_gguf(output, header_bytes(mix.arch, metadata, planned), planned, 1, lambda n_bytes: None)
+
+
+def _check_adapter_target(output: Path) -> None:
+    """Raises UserError where no adapter can be written. Another adapter is overwritten, a model is not."""
+    check_target(output, overwrite=True)
+    if output.suffix != ".gguf":
+        raise UserError(f"-o {output}: expected a name that ends in .gguf", "runtimes look for that ending")
+    if output.exists() and read_header(output).get("general.type") != "adapter":
+        raise UserError(f"{output}: is there already, and no adapter", "choose another -o")

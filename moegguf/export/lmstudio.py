@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from moegguf.atomic import atomic_file, check_space
+from moegguf.atomic import atomic_file, check_space, new_folder
 from moegguf.errors import UserError
 from moegguf.gguf_header import Header, shards
 from moegguf.journal import held
@@ -67,8 +67,8 @@ def put(path: Path, place: Place, *, overwrite: bool, progress: Progress) -> dic
     for source, target in files.items():
         if target.exists() and not target.samefile(source) and not overwrite:
             raise UserError(f"{target}: is another file", "choose another --name, or pass --force to replace it")
-    place.folder.mkdir(parents=True, exist_ok=True)
-    return {target: _put(source, target, progress) for source, target in files.items()}
+    with new_folder(place.folder.parent), new_folder(place.folder):
+        return {target: _put(source, target, progress) for source, target in files.items()}
 
 
 def _put(source: Path, target: Path, progress: Progress) -> str:
@@ -108,17 +108,8 @@ def defaults_of(home: Path, place: Place, file: str) -> Path:
     return home / DEFAULTS / place.publisher / place.name / f"{file}.json"
 
 
-def set_experts(path: Path, n: int) -> None:
-    """Write `n` experts into the defaults at `path`, and leave all else there. Raises UserError for another form."""
-    defaults = _read(path)
-    fields = [field for field in defaults["load"]["fields"] if field.get("key") != NUM_EXPERTS]
-    defaults["load"]["fields"] = [*fields, {"key": NUM_EXPERTS, "value": n}]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as file:
-        file.write(json.dumps(defaults, indent=2).encode())
-
-
-def _read(path: Path) -> dict:
+def read_defaults(path: Path) -> dict:
+    """What is there, or what LM Studio begins with. Raises UserError for another form."""
     try:
         defaults = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -130,3 +121,12 @@ def _read(path: Path) -> dict:
     if not isinstance(fields, list) or not all(isinstance(field, dict) for field in fields):
         raise UserError(f"{path}: is not of the form that LM Studio writes", "move it away, or set the number there")
     return defaults
+
+
+def set_experts(path: Path, defaults: dict, n: int) -> None:
+    """Write `n` experts into `defaults`, which `read_defaults` found at `path`, and leave all else there."""
+    fields = [field for field in defaults["load"]["fields"] if field.get("key") != NUM_EXPERTS]
+    defaults["load"]["fields"] = [*fields, {"key": NUM_EXPERTS, "value": n}]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as file:
+        file.write(json.dumps(defaults, indent=2).encode())

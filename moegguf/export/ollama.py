@@ -46,6 +46,8 @@ class Modelfile:
         lines = [f"FROM {_path(self.weights, folder)}"]
         if self.template is not None:
             lines.append(f"TEMPLATE {_quoted('the template', self.template)}")
+        if "" in self.stops:
+            raise UserError("an empty stop sequence ends every answer at once", "leave it out")
         lines += [f"PARAMETER stop {_quoted('a stop sequence', stop)}" for stop in self.stops]
         lines += [f"PARAMETER {name} {_number(value)}" for name, value in self.parameters.items()]
         if self.system:

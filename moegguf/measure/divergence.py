@@ -64,6 +64,9 @@ class Reference(NamedTuple):
     nll: np.ndarray
 
 
+_PERCENTILES = {"median": 50, "p99": 99, "max": 100}
+
+
 @dataclass(frozen=True)
 class Divergence:
     """Of a model from a reference on some chunks of text, with at least one token.
@@ -151,6 +154,19 @@ class Divergence:
     @property
     def perplexity_reference(self) -> Estimate:
         return _exp(self._mean(self.tokens["nll_reference"]))
+
+    def as_json(self) -> dict:
+        """All of it, as commands report it."""
+        percentiles = {name: self.kld_percentile(percent) for name, percent in _PERCENTILES.items()}
+        return {
+            "tokens": self.n_tokens,
+            "chunks": self.n_chunks,
+            "kld": {"mean": self.kld.value, "error": self.kld.error, **percentiles},
+            "top1": {"share": self.top1.value, "ci": self.top1_interval},
+            "p_change": self.p_change._asdict(),
+            "perplexity": self.perplexity._asdict(),
+            "perplexity_reference": self.perplexity_reference._asdict(),
+        }
 
     def _mean(self, values: np.ndarray) -> Estimate:
         """Over tokens, with the error over chunks."""

@@ -27,6 +27,12 @@ _MEND = "use a file that `moegguf route fit`, `route set` or `train` wrote"
 
 def write_router(path: Path, router: Router) -> None:
     """Write `router` to `path`, whole or not at all."""
+    with atomic_file(path) as file:
+        file.write(router_bytes(router))
+
+
+def router_bytes(router: Router) -> bytes:
+    """The file of `router`."""
     tensors = {_name(router, layer, role): matrix for (layer, role), matrix in router.matrices.items()}
     tensors |= {_TRUNK + name: values for name, values in router.trunk.items()}
     about = {
@@ -42,8 +48,7 @@ def write_router(path: Path, router: Router) -> None:
     texts = {"format": FORMAT, "version": VERSION, "mode": str(router.mode)}
     texts |= {key: json.dumps(value) for key, value in about.items()}
     arrays = {name: np.ascontiguousarray(values, "<f4") for name, values in tensors.items()}
-    with atomic_file(path) as file:
-        file.write(save(arrays, texts))
+    return save(arrays, texts)
 
 
 def check_target(path: Path) -> None:

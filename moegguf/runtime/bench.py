@@ -77,9 +77,9 @@ class Bench:
 class Lengths:
     """What to run: prompts and generations of so many tokens, each `repeat` times."""
 
-    prompts: tuple[int, ...] = (128, 512)
-    generations: tuple[int, ...] = (32, 128)
-    repeat: int = 5
+    prompts: tuple[int, ...]
+    generations: tuple[int, ...]
+    repeat: int
 
     @property
     def longest(self) -> int:

@@ -10,7 +10,7 @@ Whatever has an `Engine`'s methods can be talked to; `runtime.model.Model` is on
 
 from __future__ import annotations
 
-import codecs
+import contextlib
 import dataclasses
 import json
 import time
@@ -22,6 +22,7 @@ from typing import Protocol
 
 from moegguf.atomic import atomic_file
 from moegguf.errors import UserError
+from moegguf.runtime.answer import Answer
 from moegguf.runtime.sampling import DEFAULTS, Sampling
 from moegguf.runtime.template import Message, chat_template, end_of_turn
 from moegguf.runtime.vocab import Vocab
@@ -146,46 +147,37 @@ class Conversation:
         return tokens
 
     def _stream(self, question: str, prompt: list[int]) -> Iterator[str]:
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         limit = min(self.sampling.max_tokens or self.model.n_ctx, self.model.n_ctx - len(prompt))
         clock = _Clock()
         cached = self.model.n_cached(prompt)
-        said, n_tokens, end = "", 0, "interrupted"
-        tokens = self.model.generate(prompt, self.sampling)
+        tokens = clock.timed(self.model.generate(prompt, self.sampling))
+        answer = Answer(tokens, self.model.vocab, ends=self._ends_answer, limit=limit)
+        said = ""
         try:
-            while True:
-                with clock:
-                    token = next(tokens)
-                if self._ends_answer(token):
-                    end = "stop"
-                    break
-                n_tokens += 1
-                piece = decoder.decode(self.model.vocab.piece(token))
-                piece = piece if said else piece.lstrip()
-                said += piece
-                if piece:
-                    yield piece
-                if n_tokens == limit:
-                    end = "length" if limit == self.sampling.max_tokens else "context"
-                    break
-            rest = decoder.decode(b"", final=True)
-            said += rest
-            if rest:
-                yield rest
+            with contextlib.closing(answer.pieces()) as pieces:
+                for piece in pieces:
+                    shown = piece if said else piece.lstrip()
+                    said += shown
+                    if shown:
+                        yield shown
         finally:
-            tokens.close()
-            if said or end != "interrupted":
+            if said or answer.end != "interrupted":
                 self.turns.append(Turn(question, said))
             self.stats = Stats(
                 prompt_tokens=len(prompt),
                 cached_tokens=cached,
-                generated_tokens=n_tokens,
+                generated_tokens=answer.n_tokens,
                 seconds_to_first_token=clock.first,
                 seconds_after_first_token=clock.rest,
                 ctx=self.model.n_ctx,
                 turns_hidden=self._hidden,
-                end=end,
+                end=self._why(answer, limit),
             )
+
+    def _why(self, answer: Answer, limit: int) -> str:
+        if answer.end != "limit":
+            return answer.end
+        return "length" if limit == self.sampling.max_tokens else "context"
 
     def _ends_answer(self, token: int) -> bool:
         return token == self._end_of_turn or self.model.vocab.ends_answer(token)
@@ -258,11 +250,16 @@ class _Clock:
         self.first = self.rest = 0.0
         self._runs = 0
 
-    def __enter__(self) -> None:
-        self._start = time.perf_counter()
+    def timed(self, tokens: Iterator[int]) -> Iterator[int]:
+        """`tokens`, each timed; closing this closes them."""
+        with contextlib.closing(tokens):
+            while True:
+                start = time.perf_counter()
+                token = next(tokens)
+                self._count(time.perf_counter() - start)
+                yield token
 
-    def __exit__(self, *_) -> None:
-        spent = time.perf_counter() - self._start
+    def _count(self, spent: float) -> None:
         if self._runs == 0:
             self.first = spent
         else:

@@ -14,14 +14,14 @@ Sampling is refused. One request at a time.
 from __future__ import annotations
 
 import functools
-import json
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import HTTPServer
 
 from moegguf.errors import UserError
 from moegguf.runtime.batch import Scored, generate_greedy, score
+from moegguf.runtime.json_http import JsonHandler
 from moegguf.runtime.model import Model
 
 _FIRST_ROUND = 16
@@ -158,7 +158,7 @@ def _until(text: str, stops: Sequence[str]) -> str:
     return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(JsonHandler):
     def __init__(self, routes: Mapping[str, Callable[[dict], dict]], *args) -> None:
         self._routes = routes
         super().__init__(*args)
@@ -167,29 +167,17 @@ class _Handler(BaseHTTPRequestHandler):
         self._respond({})
 
     def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         try:
-            request = json.loads(body)
+            request = self.read_json()
         except ValueError:
-            return self._send(400, {"error": {"message": "the request is no JSON"}})
+            return self.send_json(400, {"error": {"message": "the request is no JSON"}})
         return self._respond(request)
 
     def _respond(self, request: dict) -> None:
         route = self._routes.get(self.path)
         if route is None:
-            return self._send(404, {"error": {"message": f"no such path: {self.path}"}})
+            return self.send_json(404, {"error": {"message": f"no such path: {self.path}"}})
         try:
-            return self._send(200, route(request))
+            return self.send_json(200, route(request))
         except (UserError, KeyError, TypeError, ValueError) as error:
-            return self._send(400, {"error": {"message": str(error)}})
-
-    def _send(self, status: int, content: dict) -> None:
-        body = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_) -> None:
-        """Nothing: the client says what it does."""
+            return self.send_json(400, {"error": {"message": str(error)}})

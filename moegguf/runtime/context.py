@@ -18,7 +18,7 @@ import llama_cpp
 import numpy as np
 
 from moegguf.errors import UserError
-from moegguf.runtime.interrupt import kept_interrupt
+from moegguf.interrupt import kept_interrupt
 from moegguf.runtime.log import llama_log
 
 MAX_BATCH = 512

@@ -16,8 +16,8 @@ from pathlib import Path
 import llama_cpp
 
 from moegguf.errors import UserError
+from moegguf.interrupt import kept_interrupt
 from moegguf.runtime.devices import buffer_name, fill
-from moegguf.runtime.interrupt import kept_interrupt
 from moegguf.runtime.log import llama_log
 from moegguf.runtime.offload import CPU, Footprint, Placement
 

@@ -23,12 +23,12 @@ import llama_cpp
 
 from moegguf.errors import UserError
 from moegguf.gguf_header import Header, read_header
+from moegguf.interrupt import kept_interrupt
 from moegguf.metadata import Card, read_card
 from moegguf.runtime.context import Context, interruptible
 from moegguf.runtime.devices import fill
-from moegguf.runtime.interrupt import kept_interrupt
 from moegguf.runtime.log import llama_log
-from moegguf.runtime.offload import Placement
+from moegguf.runtime.offload import FlashAttention, Placement
 from moegguf.runtime.placing import flash_attention, place_model, plan_model
 from moegguf.runtime.run_options import DEFAULT_CTX, DEFAULT_OPTIONS, RunOptions, ctx_of, hparam, key_of, threads_for
 from moegguf.runtime.sampling import MAX_SEED, Sampling
@@ -49,10 +49,11 @@ def open_model(path: str | Path, options: RunOptions = DEFAULT_OPTIONS) -> Model
     log = llama_log()
     log.start(options.verbose)
     placement = place_model(header, options)
+    flash = flash_attention(options, placement)
     log.forget()
     try:
         with kept_interrupt():
-            llama = _Llama(header, options, placement)
+            llama = _Llama(header, options, placement, flash)
     except (ValueError, RuntimeError, MemoryError) as error:
         reason = log.reason()
         raise UserError(
@@ -175,9 +176,9 @@ class _Llama(llama_cpp.Llama):
     """The high-level class, with what its constructor has no arguments for: where the tensors go, and llama.cpp's own
     choice of flash attention. It makes parameters, fills in its arguments, and hands them on; here they pass by."""
 
-    def __init__(self, header: Header, options: RunOptions, placement: Placement) -> None:
+    def __init__(self, header: Header, options: RunOptions, placement: Placement, flash: FlashAttention) -> None:
         self.placement = placement
-        self._flash_attention = flash_attention(options, placement)
+        self._flash_attention = flash
         try:
             super().__init__(str(header.path), n_gpu_layers=placement.n_gpu_layers, **_llama_arguments(header, options))
         except BaseException:

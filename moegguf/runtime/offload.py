@@ -369,6 +369,8 @@ def check_names(asked: Offload, devices: Sequence[Device]) -> None:
 def n_layers(header: Header) -> int:
     """How many layers the model has. Raises UserError when its header does not say."""
     count = header.get(f"{header.get('general.architecture')}.block_count")
+    if not count and header.get("split.no"):
+        raise UserError(f"{header.path}: is a later part of a split file", "pass the first one, NAME-00001-of-…")
     if not count:
         raise UserError(f"{header.path}: does not say how many layers it has", "convert it again")
     return count

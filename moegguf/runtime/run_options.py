@@ -14,7 +14,6 @@ from moegguf.runtime.offload import WHAT_FITS, FlashAttention, Offload
 
 DEFAULT_CTX = 4096
 MIN_CTX = 16
-MAX_THREADS = 512  # GGML_MAX_N_THREADS
 SMALL_FILE = 32 << 20
 
 

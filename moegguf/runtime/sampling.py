@@ -41,6 +41,7 @@ class Setting:
         """`value` as this setting's type. Raises UserError when it is none, or out of range."""
         try:
             number = self.parse(value)
+            number = math.nan if isinstance(value, float) and number != value else number  # half a token
         except (TypeError, ValueError, OverflowError):
             number = math.nan
         if not self.low <= number <= self.high:

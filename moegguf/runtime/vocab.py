@@ -14,7 +14,7 @@ import llama_cpp
 
 from moegguf.errors import UserError
 from moegguf.gguf_header import read_header
-from moegguf.runtime.interrupt import kept_interrupt
+from moegguf.interrupt import kept_interrupt
 from moegguf.runtime.log import llama_log
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from moegguf.atomic import atomic_file
-from moegguf.errors import UserError, one_line
+from moegguf.commands.options import print_json
+from moegguf.edit.change import check_copy
+from moegguf.errors import one_line
 from moegguf.export.card import model_card
 from moegguf.export.results import results_table
 from moegguf.gguf_header import read_header, shards
@@ -42,12 +43,11 @@ def run(args: argparse.Namespace) -> int:
     header = read_header(shards(args.file)[0])
     card = model_card(header, [results_table(path) for path in args.results], args.repo)
     output = args.output or args.file.parent / "README.md"
-    if output.exists() and not args.force:
-        raise UserError(f"{output}: exists already", "choose another -o, or pass --force to replace it")
+    check_copy(header.path, output, overwrite=args.force)
     with atomic_file(output) as file:
         file.write(card.text.encode())
     if args.json:
-        print(json.dumps({"card": str(output), "warnings": card.warnings}, indent=2))
+        print_json({"card": str(output), "warnings": card.warnings})
         return 0
     for warning in card.warnings:
         print(f"warning: {one_line(warning)}", file=sys.stderr)

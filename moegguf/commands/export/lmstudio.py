@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
-from moegguf.export.lmstudio import PUBLISHER, Place, defaults_of, experts_used, make_place, put, set_experts
+from moegguf.commands.options import print_json
+from moegguf.commands.progress import bytes_done
+from moegguf.export.lmstudio import (
+    PUBLISHER,
+    Place,
+    defaults_of,
+    experts_used,
+    make_place,
+    put,
+    read_defaults,
+    set_experts,
+)
 from moegguf.gguf_header import read_header, shards
 from moegguf.stores import is_folder, lmstudio_folder, lmstudio_home
 
@@ -43,13 +49,14 @@ def run(args: argparse.Namespace) -> int:
     n_experts = experts_used(read_header(path))
     place = make_place(args.output or lmstudio_folder(), args.publisher, args.name or path.stem)
     settings = defaults_of(lmstudio_home(), place, path.name)
-    done = _put_with_progress(path, place, args)
     has_settings = n_experts is not None and is_folder(lmstudio_home())
+    defaults = read_defaults(settings) if has_settings else {}
+    done = _put_with_progress(path, place, args)
     if has_settings:
-        set_experts(settings, n_experts)
+        set_experts(settings, defaults, n_experts)
     if args.json:
         report = {"files": {str(target): how for target, how in done.items()}, "experts": n_experts}
-        print(json.dumps(report | {"settings": str(settings) if has_settings else None}, indent=2))
+        print_json(report | {"settings": str(settings) if has_settings else None})
         return 0
     for target, how in done.items():
         print(f"{how}: {target}")
@@ -62,8 +69,5 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _put_with_progress(path: Path, place: Place, args: argparse.Namespace) -> dict[Path, str]:
-    columns = (TextColumn("copying"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not sys.stderr.isatty(), transient=True) as bar:
-        task = bar.add_task("", total=sum(shard.stat().st_size for shard in shards(path)))
-        return put(path, place, overwrite=args.force, progress=lambda n_bytes: bar.advance(task, n_bytes))
+    with bytes_done("copying", sum(shard.stat().st_size for shard in shards(path))) as bar:
+        return put(path, place, overwrite=args.force, progress=bar.did)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from moegguf.atomic import atomic_file
-from moegguf.commands.options import check_range
+from moegguf.atomic import atomic_file, new_folder
+from moegguf.commands.options import check_range, print_json
 from moegguf.errors import UserError, one_line
 from moegguf.export.chat_form import recognise
 from moegguf.export.ollama import Modelfile, check_whole, licence_text, parameters, stop_sequences
@@ -66,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     path = _write(modelfile, args)
     created = not args.no_create and _create(name, path, quiet=args.json)
     if args.json:
-        print(json.dumps(_as_json(name, path, modelfile, created=created), indent=2))
+        print_json(_as_json(name, path, modelfile, created=created))
         return 0
     print(f"wrote {path}")
     print(f"template: {_about_template(header, modelfile)}")
@@ -97,8 +96,7 @@ def _write(modelfile: Modelfile, args: argparse.Namespace) -> Path:
     path, text = folder / "Modelfile", modelfile.text(folder)
     if path.exists() and not args.force:
         raise UserError(f"{path}: exists already", "choose another -o, or pass --force to replace it")
-    folder.mkdir(exist_ok=True)
-    with atomic_file(path) as file:
+    with new_folder(folder), atomic_file(path) as file:
         file.write(text.encode())
     return path
 

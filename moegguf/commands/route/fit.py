@@ -7,18 +7,16 @@ and checked as such. So a fit before a build, after it, and within it are the sa
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from moegguf.commands.options import check_range, named_refs
+from moegguf.commands.options import check_threads, named_refs, print_json
+from moegguf.commands.progress import counted
 from moegguf.edit.finished import FinishedMix, read_routed_mix
 from moegguf.errors import UserError, one_line
 from moegguf.recipe import FITTED, Pool, Recipe, RouterMode, Tap, find_recipes_file, load_recipe, parse_recipe
@@ -109,13 +107,11 @@ def run(args: argparse.Namespace) -> int:
     with nullcontext(model) if model else dense_model(recipe, options) as path:
         plan = plan_fit(texts, path)
         _print_plan(console, plan)
-        with _progress(plan) as bar:
-            task = bar.add_task("", total=plan.n_tokens)
-            fitted = run_fit(plan, lambda n_tokens: bar.advance(task, n_tokens))
+        with counted("running", plan.n_tokens, "tokens") as bar:
+            fitted = run_fit(plan, bar.did)
     write_router(args.output, fitted.router)
     if args.json:
-        json.dump(_as_json(args, fitted), sys.stdout, indent=2)
-        print()
+        print_json(_as_json(args, fitted))
     else:
         _print_report(console, fitted)
     for warning in fitted.warnings:
@@ -129,13 +125,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
-    from moegguf.runtime.run_options import MAX_THREADS
-
     if not 1 <= args.max_tokens <= MAX_TOKENS:
         raise UserError(f"--max-tokens {args.max_tokens}: expected 1 to {MAX_TOKENS}", "4000 is plenty")
     if not 0 <= args.holdout <= 0.9:
         raise UserError(f"--holdout {args.holdout:g}: expected a share from 0 to 0.9", "the usual one is 0.2")
-    check_range("--threads", args.threads, 1, MAX_THREADS)
+    check_threads(args.threads)
 
 
 def _recipe(args: argparse.Namespace, mix: FinishedMix | None) -> Recipe:
@@ -228,13 +222,6 @@ def _print_plan(console: Console, plan: FitPlan) -> None:
     if subject.gram_bytes > 1e8:
         console.print(f"the statistics take {subject.gram_bytes / 1e9:.1f} GB of memory"
                       + (" and of disk" if plan.options.statistics else ""))  # fmt: skip
-
-
-def _progress(plan: FitPlan) -> Progress:
-    return Progress(
-        TextColumn("running"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeRemainingColumn(),
-        console=Console(stderr=True), disable=not (sys.stderr.isatty() and plan.n_tokens), transient=True,
-    )  # fmt: skip
 
 
 def _print_report(console: Console, fitted: Fitted) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import math
 import re
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -21,7 +20,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -29,9 +27,11 @@ from moegguf.commands.options import (
     add_device_arguments,
     add_json_arguments,
     check_range,
+    check_threads,
     device_options,
     report_json,
 )
+from moegguf.commands.progress import Bar, counted
 from moegguf.errors import UserError, one_line
 from moegguf.gguf_header import Header, read_header
 from moegguf.measure import plots
@@ -208,10 +208,10 @@ def _texts(args: argparse.Namespace) -> dict[str, list[Record]]:
 
 
 def _run_options(args: argparse.Namespace, header: Header) -> RunOptions:
-    from moegguf.runtime.run_options import MAX_THREADS, MIN_CTX, RunOptions
+    from moegguf.runtime.run_options import MIN_CTX, RunOptions
 
     check_range("--ctx", args.ctx, MIN_CTX)
-    check_range("--threads", args.threads, 1, MAX_THREADS)
+    check_threads(args.threads)
     trained = header.get(f"{header.get('general.architecture')}.context_length", DEFAULT_CTX)
     return RunOptions(
         ctx=args.ctx or min(DEFAULT_CTX, trained),
@@ -233,7 +233,8 @@ def _measure(model: Model, texts: Mapping[str, Sequence[Record]], max_tokens: in
     sequences = {name: list(_sequences(model, records, max_tokens)) for name, records in texts.items()}
     if empty := [name for name, pieces in sequences.items() if not pieces]:
         raise UserError(f"domain {empty[0]}: its text has no tokens", "give it more text")
-    with Tap(model, (MOE_PROBS, MOE_TOPK), layers) as tap, _progress() as bar:
+    n_tokens = sum(len(piece) for pieces in sequences.values() for piece in pieces)
+    with Tap(model, (MOE_PROBS, MOE_TOPK), layers) as tap, counted("", n_tokens, "tokens") as bar:
         return {
             name: total(_routing(tapped, layers, segment) for tapped in _followed(bar, name, tap, pieces))
             for name, pieces in sequences.items()
@@ -278,19 +279,12 @@ def _probabilities(values: np.ndarray) -> np.ndarray:
     return exponentials / exponentials.sum(axis=1, keepdims=True)
 
 
-def _progress() -> Progress:
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens")
-    return Progress(
-        *columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True
-    )
-
-
-def _followed(bar: Progress, name: str, tap: Tap, pieces: Sequence[Sequence[int]]) -> Iterator[Tapped]:
+def _followed(bar: Bar, name: str, tap: Tap, pieces: Sequence[Sequence[int]]) -> Iterator[Tapped]:
     """What the tap reads of `pieces`, each part added to the progress bar once it was used."""
-    task = bar.add_task(name, total=sum(map(len, pieces)))
+    bar.says(name)
     for tapped in tap.run(pieces):
         yield tapped
-        bar.advance(task, sum(tapped.lengths))
+        bar.did(sum(tapped.lengths))
 
 
 # --- the terminal ---

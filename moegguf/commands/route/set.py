@@ -6,11 +6,12 @@ import argparse
 import time
 from pathlib import Path
 
+from moegguf.atomic import atomic_file
 from moegguf.edit.finished import read_routed_mix
 from moegguf.edit.router import named_router, router_of, set_router
 from moegguf.journal import recover
 from moegguf.recipe import RouterSpec
-from moegguf.routers.file import write_router
+from moegguf.routers.file import router_bytes
 
 HELP = """\
 Replace the router inside a finished mix: in place, in a moment, nothing is quantised again.
@@ -43,8 +44,9 @@ def run(args: argparse.Namespace) -> int:
     kept = args.file.with_name(f"{args.file.name}.old-router.safetensors")
     router = named_router(mix, str(kept) if args.undo else args.router, args.k, args.std)
     old = router_of(mix)
-    write_router(kept, old)
-    set_router(mix, router)
+    with atomic_file(kept) as file:
+        file.write(router_bytes(old))
+        set_router(mix, router)  # where it cannot be set, what was kept before stays
     print(f"{args.file}: {read_routed_mix(args.file).card.describe_router()} ({time.monotonic() - start:.2f} s)")
     print(f"the old router ({old.mode}) is in {kept}; to set it again: moegguf route set {args.file} --undo")
     return 0

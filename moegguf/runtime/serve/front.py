@@ -1,6 +1,6 @@
-"""The one address of `moegguf serve`, in front of a llama.cpp server for each model.
+"""The one address of `moegguf serve`, in front of a server for each model.
 
-llama.cpp's server holds one model and takes whatever is sent to it. The front finds the model that a request names,
+A model's server takes whatever is sent to it. The front finds the model that a request names,
 and lets through only what is well-formed, of bounded size, sent in bounded time and allowed: its limits are those of
 `wire`, and `MAX_CLIENTS`. Answers pass through as they come; a client that leaves takes its request with it.
 

@@ -3,20 +3,17 @@
 The server comes from the `xllamacpp` wheel. It has a process to itself because it takes over Ctrl-C, because what it
 says when a model does not load is on stderr alone, and because a fault in it is then not the end of the others.
 
-Run as a program this is that process: it reads `Settings` as a line of JSON from stdin, writes the port as a line to
-stdout, and serves until stdin ends, which it also does when the parent is killed. Secrets so are in no process list.
+Run as a program this is that process, as `child` has it.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import sys
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-MODULE = "moegguf.runtime.serve.llama_server"
+from moegguf.runtime.serve import child
+
 PROMPT_CACHE_MIB = 1024
 """Main memory for the states of earlier prompts (llama.cpp's own default is 8 GiB)."""
 ALL_LAYERS, FITTING_LAYERS = -2, -1  # n_gpu_layers of common/common.h
@@ -27,6 +24,8 @@ _MAX_DEVICES = 128
 class Settings:
     """What one server is to do, in llama.cpp's own words where it has some. Everything survives JSON."""
 
+    module: ClassVar[str] = "moegguf.runtime.serve.llama_server"
+    program: ClassVar[str] = "llama.cpp's server"
     model: str
     """Path of the GGUF."""
     name: str
@@ -55,6 +54,10 @@ class Settings:
     tensor_split: list[float]
     is_verbose: bool
 
+    @property
+    def n_adapters(self) -> int:
+        return len(self.adapters)
+
     def to_line(self) -> bytes:
         return json.dumps(asdict(self)).encode() + b"\n"
 
@@ -63,20 +66,12 @@ class Settings:
         return cls(**json.loads(line))
 
 
-def run() -> None:
-    """Serve what stdin asks for until it ends."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # llama.cpp writes to stdout as well
-    settings = Settings.from_line(sys.stdin.readline())
-
+def start(line: str) -> tuple[int, object]:
+    """Serve as `line` says; returns the port and the server."""
     import xllamacpp
 
-    server = xllamacpp.Server(_params(xllamacpp, settings))
-    answers.write(server.listening_address.rpartition(":")[2] + "\n")
-    answers.flush()
-    sys.stdin.read()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.raise_signal(signal.SIGTERM)  # at once: llama.cpp's own way out now and then waits for itself, without end
+    server = xllamacpp.Server(_params(xllamacpp, Settings.from_line(line)))
+    return int(server.listening_address.rpartition(":")[2]), server
 
 
 def _params(x: Any, settings: Settings) -> Any:
@@ -126,4 +121,4 @@ def _devices(x: Any) -> list[tuple[str, str]]:
 
 
 if __name__ == "__main__":
-    run()
+    child.run(start)

@@ -1,4 +1,4 @@
-"""From a file and what was asked for it to what llama.cpp's server is told, checked as far as headers allow."""
+"""From a file and what was asked for it to what its server is told, checked as far as headers allow."""
 
 from __future__ import annotations
 
@@ -7,20 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moegguf.errors import UserError
 from moegguf.gguf_header import Header, read_header
 from moegguf.metadata import Card, read_card
 from moegguf.runtime.model import check_adapter, check_experts_used
 from moegguf.runtime.offload import ALL, Offload, Placement
 from moegguf.runtime.run_options import RunOptions, ctx_of, threads_for
 from moegguf.runtime.sampling import SETTINGS, suggested_by_file
-from moegguf.runtime.serve.llama_server import ALL_LAYERS, FITTING_LAYERS, Settings
+from moegguf.runtime.serve import llama_server, own_server
+from moegguf.runtime.serve.llama_server import ALL_LAYERS, FITTING_LAYERS
 
-_WITHOUT = (
-    ("workers", "--rpc", "use `moegguf chat --rpc`"),
-    ("devices", "--device", "leave it out, or hide devices from it, say with CUDA_VISIBLE_DEVICES"),
-)
-"""What the server of the xllamacpp wheel cannot do: field of Offload, flag, what to do."""
 _SAMPLING_NAMES = {"repeat_penalty": "penalty_repeat"}
 """Ours → llama.cpp's, where they differ."""
 
@@ -31,17 +26,40 @@ class Served:
 
     header: Header
     card: Card | None
-    settings: Settings
+    settings: llama_server.Settings | own_server.Settings
+    ctx: int
+    """Tokens that a conversation may take."""
+    only_own: Sequence[str] = ()
+    """The flags for which moegguf's own server answers, and not llama.cpp's."""
+
+
+def only_own_can(options: RunOptions) -> list[str]:
+    """The flags that llama.cpp's server in the xllamacpp package has nothing for: moegguf's own serves them."""
+    asked = {
+        "--rpc": bool(options.offload.workers),
+        "--device": bool(options.offload.devices),
+        "--experts-used": options.experts_used is not None,
+    }
+    return [flag for flag, is_asked in asked.items() if is_asked]
+
+
+def prepare_own(name: str, path: Path, options: RunOptions) -> Served:
+    """Check the file for moegguf's own server. Raises UserError; what the machine allows is found out when it loads."""
+    header = read_header(path)
+    card = read_card(header)
+    check_experts_used(header, card, options.experts_used)
+    settings = own_server.Settings(str(path.absolute()), name, secrets.token_urlsafe(32), options)
+    return Served(header, card, settings, ctx_of(header, options), only_own_can(options))
 
 
 def prepare(name: str, path: Path, options: RunOptions, *, slots: int, adapters: Sequence[Path]) -> Served:
-    """Check the file, its adapters and what is asked of the machine. Raises UserError."""
+    """Check the file for llama.cpp's server, its adapters and what is asked of the machine. Raises UserError."""
     header = read_header(path)
     card = read_card(header)
     check_experts_used(header, card, options.experts_used)
     for adapter in adapters:
         check_adapter(read_header(adapter), header)
-    settings = Settings(
+    settings = llama_server.Settings(
         model=str(path.absolute()),
         name=name,
         key=secrets.token_urlsafe(32),
@@ -58,7 +76,7 @@ def prepare(name: str, path: Path, options: RunOptions, *, slots: int, adapters:
         is_verbose=options.verbose,
         **_placement(header, options.offload),
     )
-    return Served(header, card, settings)
+    return Served(header, card, settings, settings.ctx)
 
 
 _LOAD_MODES = {
@@ -78,9 +96,6 @@ def _sampling(header: Header) -> dict[str, float]:
 
 def _placement(header: Header, asked: Offload) -> dict[str, object]:
     """The fields of Settings that say what goes where. What fits is left to llama.cpp, which knows its own devices."""
-    for field, flag, mend in _WITHOUT:
-        if getattr(asked, field):
-            raise UserError(f"{flag}: the server of the xllamacpp package cannot do that", mend)
     n_layer = header.get(f"{header.get('general.architecture')}.block_count", 0)
     n_left = n_layer if asked.cpu_experts == ALL else min(asked.cpu_experts, n_layer)
     overrides = Placement(n_layer, cpu_experts=tuple(range(n_left)), overrides=asked.overrides).all_overrides

@@ -1,16 +1,16 @@
-"""The process of `llama_server`, seen from its parent."""
+"""The process of a model's server, `llama_server` or `own_server`, seen from its parent."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import subprocess
 import sys
 from collections import deque
 
 from moegguf.errors import UserError
-from moegguf.runtime.serve import llama_server
-from moegguf.runtime.serve.llama_server import Settings
+from moegguf.runtime.serve import llama_server, own_server
 
 STOP_SECONDS = 5
 _TELLING = (
@@ -20,11 +20,15 @@ _LONGEST_LINE = 1 << 20
 _KILLED = -9  # by the system, as there is nobody else who would
 
 
+Settings = llama_server.Settings | own_server.Settings
+
+
 class Process:
-    """llama.cpp's server for one model. `port` is None while it does not run."""
+    """The server of one model. `port` is None while it does not run."""
 
     def __init__(self, settings: Settings) -> None:
-        self.name, self.key, self.n_adapters = settings.name, settings.key, len(settings.adapters)
+        self.name, self.key, self.n_adapters = settings.name, settings.key, settings.n_adapters
+        self.program = settings.program
         self.port: int | None = None
         self._settings = settings
         self._process: asyncio.subprocess.Process | None = None
@@ -32,10 +36,10 @@ class Process:
         self._hearing: asyncio.Future[None] | None = None
 
     async def start(self) -> None:
-        """Load the model. Raises UserError when llama.cpp does not."""
+        """Load the model. Raises UserError when it cannot be loaded."""
         self._said.clear()
         self._process = process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", llama_server.MODULE,
+            sys.executable, "-m", self._settings.module,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=None if self._settings.is_verbose else subprocess.PIPE, limit=_LONGEST_LINE,
             **_DEAF_TO_CTRL_C,
@@ -44,16 +48,20 @@ class Process:
         with contextlib.suppress(ConnectionError):
             process.stdin.write(self._settings.to_line())
             await process.stdin.drain()
-        port = await process.stdout.readline()
-        if not port:
-            await self._hearing
-            await process.wait()
-            raise UserError(f"{self._settings.model}: llama.cpp's server cannot run it: {self.reason}", self._mend)
-        self.port = int(port)
+        match json.loads(await process.stdout.readline() or "null"):
+            case int(port):
+                self.port = port
+            case [message, mend]:
+                await self.stop()
+                raise UserError(message, mend)
+            case None:
+                await self.ended()
+                raise UserError(f"{self._settings.model}: {self.program} cannot run it: {self.reason}", self._mend)
 
     async def ended(self) -> None:
-        """Wait until the process ends by itself."""
+        """Wait until the process ends by itself, and everything that it said is heard."""
         await self._process.wait()
+        await self._hearing
         self.port = None
 
     async def stop(self) -> None:

@@ -78,7 +78,7 @@ async def _keep(process: Process, note: Callable[[str], None]) -> None:
     """Start the server of a model again whenever it ends. Raises UserError when it does not start."""
     while True:
         await process.ended()
-        note(f"{process.name}: llama.cpp's server ended by itself ({process.reason}); starting again")
+        note(f"{process.name}: {process.program} ended by itself ({process.reason}); starting again")
         await process.start()
 
 

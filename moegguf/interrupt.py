@@ -1,7 +1,8 @@
-"""Ctrl-C while C code runs: kept until it can be raised.
+"""Ctrl-C while C code or other threads run: kept until it can be raised.
 
 Python handles a signal when it runs Python code next, which may be a callback that C called, such as llama.cpp's log;
-an exception raised there is lost. So while C code runs, a key press is only noted.
+an exception raised there is lost. Or it is the code that starts a thread, which is then waited for by nobody. So while
+such code runs, a key press is only noted.
 """
 
 from __future__ import annotations

@@ -1,0 +1,58 @@
+"""How far something is: a bar on stderr at a terminal, nothing in a pipe."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from moegguf.errors import one_line
+
+
+class Bar:
+    """One that is shown. What it says may be a file's name, and is no markup."""
+
+    def __init__(self, shown: Progress, task: TaskID) -> None:
+        self._shown, self._task = shown, task
+
+    def did(self, n_parts: int) -> None:
+        self._shown.advance(self._task, n_parts)
+
+    def says(self, what: str) -> None:
+        self._shown.update(self._task, description=one_line(what))
+
+
+@contextmanager
+def counted(what: str, total: int, unit: str) -> Iterator[Bar]:
+    """A bar of `total` parts, called `unit`; none where there are none to do."""
+    with _bar(what, total, MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn()) as bar:
+        yield bar
+
+
+@contextmanager
+def bytes_done(what: str, total: int) -> Iterator[Bar]:
+    """A bar of `total` bytes, with their speed."""
+    with _bar(what, total, DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()) as bar:
+        yield bar
+
+
+@contextmanager
+def _bar(what: str, total: int, *columns: ProgressColumn) -> Iterator[Bar]:
+    text = TextColumn("{task.description}", markup=False)
+    is_hidden = not (sys.stderr.isatty() and total)
+    console = Console(stderr=True)
+    with Progress(text, BarColumn(), *columns, console=console, disable=is_hidden, transient=True) as shown:
+        yield Bar(shown, shown.add_task(one_line(what), total=total))
