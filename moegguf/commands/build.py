@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from gguf import GGMLQuantizationType
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 from rich.table import Column, Table
 
 from moegguf.allocation import Allocation, expert_errors, precisions
 from moegguf.assembly import Built, Plan, build, quant_of
-from moegguf.commands.options import from_here
+from moegguf.commands.options import check_threads, from_here
+from moegguf.commands.progress import Bar, bytes_done, counted
 from moegguf.drift import measure_drift
 from moegguf.errors import UserError, one_line
 from moegguf.estimate import DEFAULT_CONTEXT, Fit, memory_to_run
@@ -54,7 +43,6 @@ from moegguf.sizes import show_size as _size
 from moegguf.tensor import Planned
 
 HELP = "Mix fine-tunes of one model into a Mixture of Experts and write it as one quantised GGUF."
-MAX_THREADS = 512
 EXAMPLES = """\
 examples:
   moegguf build demo                                   a recipe of models.toml
@@ -178,8 +166,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.threads is not None and not 1 <= args.threads <= MAX_THREADS:
-        raise UserError(f"--threads {args.threads}: expected 1 to {MAX_THREADS}", "leave it out to use all cores")
+    check_threads(args.threads)
     recipe = _recipe(args)
     options = _options(args)
     console = Console(markup=False)
@@ -233,27 +220,8 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     return parse_recipe(name, overrides, where="command line:", folder=Path())
 
 
-class _Step:
-    """A step of `prepare` as a task of a progress bar."""
-
-    def __init__(self, bar: Progress, task: TaskID) -> None:
-        self._bar, self._task = bar, task
-
-    def has(self, n_parts: int) -> None:
-        self._bar.update(self._task, total=n_parts)
-
-    def did(self, n_parts: int) -> None:
-        self._bar.advance(self._task, n_parts)
-
-    def says(self, what: str) -> None:
-        self._bar.update(self._task, description=what)
-
-
-@contextmanager
-def _watch(what: str, unit: str) -> Iterator[_Step]:
-    counted = (MofNCompleteColumn(), TextColumn(unit)) if unit else (TextColumn("{task.description}"),)
-    with _bar(what, *counted) as bar:
-        yield _Step(bar, bar.add_task("", total=None))
+def _watch(what: str, unit: str) -> AbstractContextManager[Bar]:
+    return counted(what, None, unit)
 
 
 def _allocation_table(allocation: Allocation) -> Table:
@@ -487,17 +455,8 @@ def _print_drift(console: Console, plan: Plan) -> None:
 
 
 def _build_with_progress(plan: Plan, threads: int) -> Built:
-    with _bar("writing", DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()) as bar:
-        task = bar.add_task("", total=plan.n_bytes_to_do)
-        return build(plan, threads=threads, progress=lambda n_bytes: bar.advance(task, n_bytes))
-
-
-def _bar(what: str, *columns: ProgressColumn) -> Progress:
-    """A progress bar on stderr; none in a pipe."""
-    console = Console(stderr=True)
-    return Progress(
-        TextColumn(what), BarColumn(), *columns, console=console, disable=not sys.stderr.isatty(), transient=True
-    )
+    with bytes_done("writing", plan.n_bytes_to_do) as bar:
+        return build(plan, threads=threads, progress=bar.did)
 
 
 def _print_built(console: Console, built: Built) -> None:

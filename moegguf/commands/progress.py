@@ -28,6 +28,9 @@ class Bar:
     def __init__(self, shown: Progress, task: TaskID) -> None:
         self._shown, self._task = shown, task
 
+    def has(self, n_parts: int) -> None:
+        self._shown.update(self._task, total=n_parts)
+
     def did(self, n_parts: int) -> None:
         self._shown.advance(self._task, n_parts)
 
@@ -36,8 +39,8 @@ class Bar:
 
 
 @contextmanager
-def counted(what: str, total: int, unit: str) -> Iterator[Bar]:
-    """A bar of `total` parts, called `unit`; none where there are none to do."""
+def counted(what: str, total: int | None, unit: str) -> Iterator[Bar]:
+    """A bar of `total` parts, called `unit`, as far as it is known; none where there are none to do."""
     with _bar(what, total, MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn()) as bar:
         yield bar
 
@@ -50,9 +53,9 @@ def bytes_done(what: str, total: int) -> Iterator[Bar]:
 
 
 @contextmanager
-def _bar(what: str, total: int, *columns: ProgressColumn) -> Iterator[Bar]:
+def _bar(what: str, total: int | None, *columns: ProgressColumn) -> Iterator[Bar]:
     text = TextColumn("{task.description}", markup=False)
-    is_hidden = not (sys.stderr.isatty() and total)
+    is_hidden = not sys.stderr.isatty() or total == 0
     console = Console(stderr=True)
     with Progress(text, BarColumn(), *columns, console=console, disable=is_hidden, transient=True) as shown:
         yield Bar(shown, shown.add_task(one_line(what), total=total))
