@@ -8,7 +8,7 @@ GGUF that is no mix of ours is inspected and checked as far as that makes sense.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -189,10 +189,15 @@ class _Counts:
         return cls(header.get(f"{arch}.expert_count", 0), header.get(f"{arch}.expert_used_count", 0), fused)
 
 
+def _mixed_layers(header: Header, card: Card) -> Sequence[int]:
+    """The layers that hold experts; of no more layers than the file has tensors, whatever it says."""
+    n_layer = header.get(f"{header.get('general.architecture')}.block_count", 0)
+    return card.layers or range(min(n_layer, len(header.tensors)))
+
+
 def _widths(header: Header, card: Card) -> tuple[int, ...]:
     """By the tensors: whether they agree with the keys is for llama.cpp to say."""
-    n_layer = header.get(f"{header.get('general.architecture')}.block_count", 0)
-    names = (f"blk.{layer}.ffn_down.weight" for layer in card.layers or range(min(n_layer, len(header.tensors))))
+    names = (f"blk.{layer}.ffn_down.weight" for layer in _mixed_layers(header, card))
     return tuple(header.tensors[name].shape[-1] for name in names if name in header.tensors)
 
 
@@ -216,11 +221,10 @@ class Bands:
 
 def _expert_bands(header: Header, card: Card, counts: _Counts) -> dict[str, Bands]:
     """Every tensor that a mix has because of its experts, by name."""
-    n_layer = header.get(f"{header.get('general.architecture')}.block_count", 0)
     suffix = "" if card.layout == Layout.FUSED else "_shexp"
     bands: dict[str, Bands] = {}
     n_fused = 1 if card.is_dense or card.compact else counts.fused
-    for layer in card.layers or range(min(n_layer, len(header.tensors))):
+    for layer in _mixed_layers(header, card):
         if counts.stacked:
             bands[f"blk.{layer}.ffn_gate_inp.weight"] = Bands()
             bands |= {f"blk.{layer}.{role}_exps.weight": Bands(rows=counts.stacked) for role in FFN_ROLES}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +16,6 @@ from moegguf.commands.options import (
     add_device_arguments,
     add_memory_arguments,
     check_range,
-    check_threads,
     print_json,
     run_options,
 )
@@ -70,14 +68,13 @@ def run(args: argparse.Namespace) -> int:
     from moegguf.runtime.run_options import hparam
 
     check_range("--repeat", args.repeat, 1)
-    check_threads(args.threads)
     paths = [args.model, *([args.compare] if args.compare else [])]
     longest = min(hparam(read_header(path), "context_length", LARGEST) for path in paths)
     prompts = _lengths("--prompt", args.prompt, _PROMPTS, longest)
     lengths = Lengths(prompts, _lengths("--generate", args.generate, _ANSWERS, longest), args.repeat)
     if not lengths.prompts + lengths.generations:
         raise UserError("--prompt 0 and --generate 0 leave nothing to measure", "leave one of them out")
-    options = replace(run_options(args), threads=args.threads, experts_used=args.experts_used)
+    options = run_options(args)
     stream = memory_bandwidth(args.threads or physical_cores())
     found = []
     for path in paths:

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moegguf.commands.options import add_device_arguments, add_memory_arguments, check_range, check_threads, run_options
+from moegguf.commands.options import add_device_arguments, add_memory_arguments, check_range, run_options
 from moegguf.errors import UserError
 from moegguf.runtime.sampling import DEFAULTS, SETTINGS, suggested_by_file
 
@@ -172,13 +172,10 @@ def _run_options(args: argparse.Namespace) -> RunOptions:
     from moegguf.runtime.run_options import MIN_CTX
 
     check_range("--ctx", args.ctx, MIN_CTX)
-    check_threads(args.threads)
     check_range("--experts-used", args.experts_used, 1)
     return replace(
         run_options(args),
         ctx=args.ctx,
-        threads=args.threads,
-        experts_used=args.experts_used,
         adapter=args.adapter,
         verbose=args.verbose,
     )

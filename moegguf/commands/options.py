@@ -104,13 +104,17 @@ def add_memory_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_options(args: argparse.Namespace) -> RunOptions:
-    """What `add_device_arguments` and `add_memory_arguments` ask for; the rest is RunOptions' default."""
+    """What `add_device_arguments`, `add_memory_arguments`, --threads and --experts-used ask for; the rest is
+    RunOptions' default."""
     from gguf import GGMLQuantizationType
 
     from moegguf.runtime.model import RunOptions
     from moegguf.runtime.offload import FlashAttention
 
+    check_threads(args.threads)
     return RunOptions(
+        threads=args.threads,
+        experts_used=args.experts_used,
         offload=device_options(args),
         kv_type=GGMLQuantizationType[args.kv_type.upper()],
         flash_attention=FlashAttention[args.flash_attn.upper()],

@@ -18,7 +18,6 @@ from moegguf.commands.options import (
     add_device_arguments,
     add_memory_arguments,
     check_range,
-    check_threads,
     print_json,
     run_options,
 )
@@ -67,11 +66,10 @@ def run(args: argparse.Namespace) -> int:
     from moegguf.runtime.run_options import MIN_CTX
 
     check_range("--ctx", args.ctx, MIN_CTX)
-    check_threads(args.threads)
     model = whole(read_header(args.model))
     card = read_card(model)
     check_experts_used(model, card, args.experts_used)
-    options = replace(run_options(args), ctx=args.ctx, threads=args.threads, experts_used=args.experts_used)
+    options = replace(run_options(args), ctx=args.ctx)
     machine = _described(args) if (args.vram, args.ram) != (None, None) else _this_one(args, options)
 
     def outlook(options: RunOptions) -> Outlook:

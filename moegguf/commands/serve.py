@@ -12,7 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moegguf.commands.options import add_device_arguments, add_memory_arguments, check_range, check_threads, run_options
+from moegguf.commands.options import (
+    LARGEST,
+    add_device_arguments,
+    add_memory_arguments,
+    check_range,
+    run_options,
+)
 from moegguf.errors import UserError
 
 if TYPE_CHECKING:
@@ -185,16 +191,13 @@ def _run_options(args: argparse.Namespace) -> RunOptions:
     from moegguf.runtime.run_options import MIN_CTX
 
     check_range("--parallel", args.parallel, 1, _MAX_SLOTS)
-    check_range("--ctx", args.ctx, MIN_CTX, (2**31 - 1) // (args.parallel or _DEFAULT_SLOTS))
+    check_range("--ctx", args.ctx, MIN_CTX, LARGEST // (args.parallel or _DEFAULT_SLOTS))
     check_range("--batch", args.batch, 32)
     check_range("--experts-used", args.experts_used, 1)
-    check_threads(args.threads)
     return replace(
         run_options(args),
         ctx=args.ctx,
         batch=args.batch,
-        threads=args.threads,
-        experts_used=args.experts_used,
         verbose=args.verbose,
     )
 

@@ -36,3 +36,11 @@ class Answer:
                 yield rest
         finally:
             self._tokens.close()
+
+
+def without_leading_blanks(pieces: Iterator[str]) -> Iterator[str]:
+    """`pieces` from their first character that is not blank on, none of them empty."""
+    for piece in pieces:
+        if piece := piece.lstrip():
+            yield piece
+            yield from pieces

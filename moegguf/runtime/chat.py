@@ -22,7 +22,7 @@ from typing import Protocol
 
 from moegguf.atomic import atomic_file
 from moegguf.errors import UserError
-from moegguf.runtime.answer import Answer
+from moegguf.runtime.answer import Answer, without_leading_blanks
 from moegguf.runtime.sampling import DEFAULTS, Sampling
 from moegguf.runtime.template import Message, chat_template, end_of_turn
 from moegguf.runtime.vocab import Vocab
@@ -155,11 +155,9 @@ class Conversation:
         said = ""
         try:
             with contextlib.closing(answer.pieces()) as pieces:
-                for piece in pieces:
-                    shown = piece if said else piece.lstrip()
-                    said += shown
-                    if shown:
-                        yield shown
+                for piece in without_leading_blanks(pieces):
+                    said += piece
+                    yield piece
         finally:
             if said or answer.end != "interrupted":
                 self.turns.append(Turn(question, said))

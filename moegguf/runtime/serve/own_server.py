@@ -29,7 +29,7 @@ from typing import Any, ClassVar, NoReturn
 from gguf import GGMLQuantizationType
 
 from moegguf.errors import UserError, one_line
-from moegguf.runtime.answer import Answer
+from moegguf.runtime.answer import Answer, without_leading_blanks
 from moegguf.runtime.json_http import JsonHandler
 from moegguf.runtime.model import Model, open_model
 from moegguf.runtime.offload import FlashAttention, Offload, Override
@@ -262,14 +262,6 @@ class _Reply:
         return next((n for n in tails if any(stop.startswith(text[-n:]) for stop in self._asked.stops)), 0)
 
 
-def _without_leading_blanks(pieces: Iterator[str]) -> Iterator[str]:
-    """As `moegguf chat` shows an answer."""
-    for piece in pieces:
-        if piece := piece.lstrip():
-            yield piece
-            yield from pieces
-
-
 # --- HTTP ---
 
 
@@ -290,7 +282,7 @@ _ENDPOINTS = {
         "chat.completion",
         "chat.completion.chunk",
         _Voice.chat_prompt,
-        _without_leading_blanks,
+        without_leading_blanks,
         lambda text: {"message": {"role": "assistant", "content": text}},
         lambda text: {"delta": {"role": "assistant", "content": text} if text else {}},
     ),
