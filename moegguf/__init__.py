@@ -5,11 +5,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from moegguf.api import Chat, build, check, inspect, open
+    from moegguf.api.building import build, check, inspect
+    from moegguf.api.chatting import Chat, open
     from moegguf.errors import UserError
 
 __version__ = "0.1.0"
 __all__ = ["Chat", "UserError", "build", "check", "inspect", "open"]
+_MODULES = {
+    "api.building": ("build", "check", "inspect"),
+    "api.chatting": ("Chat", "open"),
+    "errors": ("UserError",),
+}
+"""Where `__all__` is from. A name that its module lacks is that of a module in it."""
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __dir__() -> list[str]:
@@ -18,8 +26,9 @@ def __dir__() -> list[str]:
 
 def __getattr__(name: str) -> object:
     """What `__all__` names is imported when it is asked for: `import moegguf` costs nothing."""
-    if name not in __all__:
+    if name not in _HOMES:
         raise AttributeError(f"module 'moegguf' has no attribute {name!r}")
-    from moegguf import api
+    import importlib
 
-    return getattr(api, name)
+    home = f"moegguf.{_HOMES[name]}"
+    return getattr(importlib.import_module(home), name, None) or importlib.import_module(f"{home}.{name}")

@@ -24,7 +24,7 @@ from moegguf.divergences import KeptReference, keep_reference
 from moegguf.errors import UserError
 from moegguf.fitting import FitOptions, dense_model
 from moegguf.gguf_header import read_header
-from moegguf.measure.divergence import Divergence
+from moegguf.measurement.divergence import Divergence
 from moegguf.mix import FFN_ROLES, Mix
 from moegguf.quant.neurons import Compaction, Ffns, Merges, find_paths, grid, separate, together, width
 from moegguf.recipe import CompactSpec, QuantSpec, Recipe

@@ -6,8 +6,8 @@ questions and of chat templates. (llama.cpp's perplexity tool counts the second 
 
 `compare` runs both models in lockstep, batch by batch, when memory holds both. `keep_reference` runs the reference
 alone and writes its logits to a file, against which any number of models are then compared, one in memory at a time;
-what rounding in that file costs is said in `moegguf.measure.divergence`. The key-value cache is F32, so that what is
-measured is the weights.
+what rounding in that file costs is said in `moegguf.measurement.divergence`. The key-value cache is F32, so that what
+is measured is the weights.
 
 This is where the runtime and the numbers meet besides the commands; it prints nothing.
 """
@@ -30,7 +30,7 @@ from moegguf import __version__
 from moegguf.atomic import atomic_file
 from moegguf.errors import UserError
 from moegguf.gguf_header import Header, file_identity, read_header
-from moegguf.measure.divergence import (
+from moegguf.measurement.divergence import (
     Divergence,
     pack,
     packed_type,
@@ -39,7 +39,7 @@ from moegguf.measure.divergence import (
     token_values,
     unpack,
 )
-from moegguf.measure.scores import windows
+from moegguf.measurement.scores import windows
 from moegguf.runtime.batch import logits
 from moegguf.runtime.context import MAX_BATCH
 from moegguf.runtime.encode import encode

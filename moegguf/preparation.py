@@ -8,10 +8,7 @@ what it needs is not imported: most builds do without llama.cpp.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 from moegguf.allocation import Allocation, allocate, n_surveyed, survey
 from moegguf.assembly import Plan, plan_build, usable_cores
@@ -22,6 +19,7 @@ from moegguf.recipe import Budget, Recipe
 from moegguf.routers import Router
 from moegguf.sizes import show_size
 from moegguf.splitting import allocate_split, fine_widths
+from moegguf.watch import Watch, unwatched
 
 STREAMING_THREADS = 16
 """When weights come over the network, threads mostly wait for them."""
@@ -49,35 +47,6 @@ class BuildOptions:
 
 
 DEFAULT_BUILD = BuildOptions()
-
-
-class Step(Protocol):
-    """One that is under way."""
-
-    def has(self, n_parts: int) -> None:
-        """It is known how many parts there are to do."""
-
-    def did(self, n_parts: int) -> None: ...
-
-    def says(self, what: str) -> None: ...
-
-
-Watch = Callable[[str, str], AbstractContextManager[Step]]
-"""Is given the name of each step, and what it counts; open while it runs."""
-
-
-class _Unwatched:
-    def has(self, n_parts: int) -> None: ...
-
-    def did(self, n_parts: int) -> None: ...
-
-    def says(self, what: str) -> None: ...
-
-
-@contextmanager
-def unwatched(what: str, unit: str) -> Iterator[Step]:
-    """A watch that tells nobody."""
-    yield _Unwatched()
 
 
 @dataclass(frozen=True)

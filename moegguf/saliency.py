@@ -16,7 +16,7 @@ from moegguf.divergences import chunk_length, keep_reference, sequences_of
 from moegguf.edit.finished import FinishedMix
 from moegguf.errors import UserError
 from moegguf.gguf_header import Header
-from moegguf.measure.divergence import Divergence
+from moegguf.measurement.divergence import Divergence
 from moegguf.runtime.contributions import Contributions
 from moegguf.runtime.model import RunOptions, open_model
 from moegguf.texts import Record

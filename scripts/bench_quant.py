@@ -61,7 +61,7 @@ from moegguf.divergences import KeptReference, chunk_length, keep_reference, seq
 from moegguf.drift import measure_drift
 from moegguf.errors import UserError
 from moegguf.gguf_header import read_header
-from moegguf.measure.plots import curves, require
+from moegguf.measurement.plots import curves, require
 from moegguf.quant.imatrix import write_calibration
 from moegguf.quant.neurons import Compaction
 from moegguf.recipe import Budget, Recipe, parse_recipe

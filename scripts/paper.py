@@ -62,8 +62,8 @@ from moegguf.demo import MODELS
 from moegguf.demo.text import DOMAINS, examples
 from moegguf.errors import UserError
 from moegguf.fitting import FitOptions, fit_from_recipe
-from moegguf.measure.plots import bar_chart, require
-from moegguf.measure.routing import Load, total
+from moegguf.measurement.plots import bar_chart, require
+from moegguf.measurement.routing import Load, total
 from moegguf.recipe import Recipe, parse_recipe
 from moegguf.routers import Router
 from moegguf.runtime import batch

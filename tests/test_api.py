@@ -10,7 +10,7 @@ import pytest
 
 import moegguf
 from moegguf.cli import main
-from moegguf.preparation import unwatched
+from moegguf.watch import unwatched
 
 QUESTION = "What is 6 times 7?"
 
@@ -95,3 +95,10 @@ def test_import_loads_nothing_and_type_checkers_see_every_name():
     loaded = "import sys, moegguf; print(sorted({'numpy', 'gguf', 'llama_cpp'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True).stdout == "[]\n"
     assert all(callable(getattr(moegguf, name)) for name in moegguf.__all__)
+
+
+def test_everything_that_is_offered_is_there():
+    assert set(moegguf.__all__) == set(moegguf._HOMES)
+    for name in moegguf.__all__:
+        assert getattr(moegguf, name) is not None
+        assert name in dir(moegguf)

@@ -8,8 +8,8 @@ import pytest
 
 from go_template import Message, parse_modelfile, render
 from moegguf.demo.text import CHAT_TEMPLATE
-from moegguf.export.chat_form import recognise
-from moegguf.export.ollama import Modelfile
+from moegguf.exporting.chat_form import recognise
+from moegguf.exporting.ollama import Modelfile
 from moegguf.runtime.template import PLAIN, ChatTemplate
 
 BOS, EOS = "<s>", "</s>"

@@ -21,9 +21,9 @@ from moegguf.cli import main
 from moegguf.demo import MEMBERS, MODELS, folder
 from moegguf.demo.text import examples
 from moegguf.errors import UserError
-from moegguf.measure.results import Figure, Mean, figure, mean, wilson
-from moegguf.measure.scores import Answered, Weighed, windows
-from moegguf.measure.tasks import Metric, read_tasks
+from moegguf.measurement.results import Figure, Mean, figure, mean, wilson
+from moegguf.measurement.scores import Answered, Weighed, windows
+from moegguf.measurement.tasks import Metric, read_tasks
 from moegguf.runtime.vocab import open_vocab
 from test_texts import lines
 from tiny_gguf import repeating, write_gguf

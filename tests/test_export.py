@@ -18,7 +18,7 @@ from huggingface_hub import ModelCard
 from conftest import build_mix, rewrite
 from go_template import parse_modelfile, render
 from moegguf.cli import main
-from moegguf.export.recipe_toml import recipe_toml
+from moegguf.exporting.recipe_toml import recipe_toml
 from moegguf.gguf_header import read_header
 from moegguf.licences import asks, combine, recognise
 from moegguf.metadata import Card, CompactCard, ExpertCard, read_card

@@ -16,15 +16,15 @@ import moegguf
 
 PACKAGE = Path(moegguf.__file__).parent
 BUILD_SIDE = (
-    "allocation", "assembly", "assign", "demo", "drift", "edit", "estimate", "export", "families", "inspection",
+    "allocation", "assembly", "assign", "demo", "drift", "edit", "estimate", "exporting", "families", "inspection",
     "layouts", "licences", "mix", "quant", "recipe", "reference", "routers", "sources", "splitting", "tensor", "writer",
 )  # fmt: skip
 RUNTIME = ("runtime",)
-MEASURE = ("measure",)
+MEASURE = ("measurement",)
 """Numbers and pictures of what was run; knows neither side."""
 COMMON = (
     "__init__", "atomic", "errors", "gguf_header", "interrupt", "journal", "metadata", "sizes", "squares", "stores",
-    "texts",
+    "texts", "watch",
 )  # fmt: skip
 """What both sides use."""
 GLUE = (

@@ -18,8 +18,8 @@ from moegguf.cli import main
 from moegguf.demo import MEMBERS, folder
 from moegguf.divergences import KeptReference, chunk_length, compare, keep_reference, sequences_of
 from moegguf.gguf_header import read_header
-from moegguf.measure import divergence
-from moegguf.measure.divergence import (
+from moegguf.measurement import divergence
+from moegguf.measurement.divergence import (
     TOKEN,
     Divergence,
     pack,
@@ -29,7 +29,7 @@ from moegguf.measure.divergence import (
     token_values,
     unpack,
 )
-from moegguf.measure.results import Z, wilson
+from moegguf.measurement.results import Z, wilson
 from moegguf.runtime import batch
 from moegguf.runtime.vocab import open_vocab
 from moegguf.texts import Text, read_records

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moegguf.errors import UserError
-from moegguf.measure import plots
+from moegguf.measurement import plots
 
 pytest.importorskip("matplotlib")
 

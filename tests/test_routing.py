@@ -14,8 +14,8 @@ import pytest
 from conftest import build_dense, build_mix, read_tensors, rewrite
 from moegguf import cli
 from moegguf.commands.route import map as route_map
-from moegguf.measure import routing
-from moegguf.measure.routing import Load, Locality, Routing, total
+from moegguf.measurement import routing
+from moegguf.measurement.routing import Load, Locality, Routing, total
 from moegguf.runtime.encode import chunks, encode
 from moegguf.runtime.model import RunOptions, open_model
 from moegguf.runtime.tap import ROUTER_INPUT, Tap

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 from gguf import GGMLQuantizationType
@@ -15,7 +14,7 @@ from rich.table import Column, Table
 from moegguf.allocation import Allocation, expert_errors, precisions
 from moegguf.assembly import Built, Plan, build, quant_of
 from moegguf.commands.options import check_threads, from_here
-from moegguf.commands.progress import Bar, bytes_done, counted
+from moegguf.commands.progress import bytes_done, shown
 from moegguf.drift import measure_drift
 from moegguf.errors import UserError, one_line
 from moegguf.estimate import DEFAULT_CONTEXT, Fit, memory_to_run
@@ -170,7 +169,7 @@ def run(args: argparse.Namespace) -> int:
     recipe = _recipe(args)
     options = _options(args)
     console = Console(markup=False)
-    prepared = prepare(recipe, options, _watch)
+    prepared = prepare(recipe, options, shown)
     plan, allocation = prepared.plan, prepared.allocation
     for note in prepared.notes:
         console.print(one_line(note), highlight=False)
@@ -218,10 +217,6 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         raise UserError("nothing to build", "name a recipe (see `moegguf recipes`), or give --base and --expert")
     name = Path(args.output).stem if args.output else "mix"
     return parse_recipe(name, overrides, where="command line:", folder=Path())
-
-
-def _watch(what: str, unit: str) -> AbstractContextManager[Bar]:
-    return counted(what, None, unit)
 
 
 def _allocation_table(allocation: Allocation) -> Table:

@@ -32,11 +32,11 @@ from moegguf.commands.options import (
 from moegguf.commands.progress import counted
 from moegguf.errors import UserError, one_line
 from moegguf.gguf_header import file_identity, read_header
-from moegguf.measure.harness import HarnessRun, check_harness, run_harness
-from moegguf.measure.ledger import Ledger
-from moegguf.measure.results import Figure, Interval, Mean, figure, mean
-from moegguf.measure.scores import Engine, Outcome, outcomes
-from moegguf.measure.tasks import Metric, Task, domain_tasks, limited, read_tasks
+from moegguf.measurement.harness import HarnessRun, check_harness, run_harness
+from moegguf.measurement.ledger import Ledger
+from moegguf.measurement.results import Figure, Interval, Mean, figure, mean
+from moegguf.measurement.scores import Engine, Outcome, outcomes
+from moegguf.measurement.tasks import Metric, Task, domain_tasks, limited, read_tasks
 from moegguf.recipe import Recipe, find_recipes_file, load_recipe
 from moegguf.runtime.batch import Scored, generate_greedy, score
 from moegguf.runtime.completions import CompletionServer
@@ -204,7 +204,7 @@ class _EngineKind:
 
 
 class _Asked:
-    """A model as `moegguf.measure.scores` asks it; `score` and `generate_greedy` are `runtime.batch`'s, for it."""
+    """A model as `moegguf.measurement.scores` asks it; `score` and `generate_greedy` are `runtime.batch`'s, for it."""
 
     def __init__(self, model: Model | TorchEngine, score: Callable, generate_greedy: Callable) -> None:
         self._model, self._score, self._generate_greedy = model, score, generate_greedy
@@ -404,7 +404,7 @@ def _draw(path: Path, tasks: Sequence[Task], reports: Sequence[_Report]) -> list
 
 
 def _draw_bars(path: Path, label: str, names: Sequence[str], reports: Sequence[_Report], scale: int) -> None:
-    from moegguf.measure.plots import bar_chart
+    from moegguf.measurement.plots import bar_chart
 
     figures: dict[str, list[Figure | Mean]] = {
         report.name: [report.figures[name] for name in names] for report in reports

@@ -36,7 +36,7 @@ from moegguf.divergences import (
 )
 from moegguf.errors import UserError, one_line
 from moegguf.gguf_header import Header, read_header
-from moegguf.measure.divergence import Divergence, Estimate
+from moegguf.measurement.divergence import Divergence, Estimate
 from moegguf.recipe import find_recipes_file, load_recipe
 from moegguf.runtime.offload import Offload
 from moegguf.texts import Record, read_domains

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from rich.console import Console
 from rich.progress import (
@@ -29,7 +29,7 @@ class Bar:
         self._shown, self._task = shown, task
 
     def has(self, n_parts: int) -> None:
-        self._shown.update(self._task, total=n_parts)
+        self._shown.update(self._task, total=n_parts, visible=n_parts > 0)
 
     def did(self, n_parts: int) -> None:
         self._shown.advance(self._task, n_parts)
@@ -46,10 +46,15 @@ def counted(what: str, total: int | None, unit: str) -> Iterator[Bar]:
 
 
 @contextmanager
-def bytes_done(what: str, total: int) -> Iterator[Bar]:
+def bytes_done(what: str, total: int | None) -> Iterator[Bar]:
     """A bar of `total` bytes, with their speed."""
     with _bar(what, total, DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()) as bar:
         yield bar
+
+
+def shown(what: str, unit: str) -> AbstractContextManager[Bar]:
+    """A bar for each step: the watch of commands (`moegguf.watch`)."""
+    return bytes_done(what, None) if unit == "bytes" else counted(what, None, unit)
 
 
 @contextmanager

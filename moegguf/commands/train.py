@@ -423,7 +423,7 @@ def _remove_checkpoints(folder: Path) -> None:
 
 def _write_curve(path: Path, recipe: Recipe, trained: Trained) -> None:
     """The loss of every step: a picture (Figures 3 and 4 of the paper), and its numbers beside it."""
-    from moegguf.measure.plots import curves
+    from moegguf.measurement.plots import curves
 
     steps = [step.step for step in trained.steps]
     curves(

@@ -10,8 +10,8 @@ from moegguf.atomic import atomic_file
 from moegguf.commands.options import print_json
 from moegguf.edit.change import check_copy
 from moegguf.errors import one_line
-from moegguf.export.card import model_card
-from moegguf.export.results import results_table
+from moegguf.exporting.card import model_card
+from moegguf.exporting.results import results_table
 from moegguf.gguf_header import read_header, shards
 
 HELP = """\

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from moegguf.commands.options import print_json
 from moegguf.commands.progress import bytes_done
-from moegguf.export.lmstudio import (
+from moegguf.exporting.lmstudio import (
     PUBLISHER,
     Place,
     defaults_of,

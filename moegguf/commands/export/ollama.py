@@ -11,8 +11,8 @@ from pathlib import Path
 from moegguf.atomic import atomic_file, new_folder
 from moegguf.commands.options import check_range, print_json
 from moegguf.errors import UserError, one_line
-from moegguf.export.chat_form import recognise
-from moegguf.export.ollama import Modelfile, check_whole, licence_text, parameters, stop_sequences
+from moegguf.exporting.chat_form import recognise
+from moegguf.exporting.ollama import Modelfile, check_whole, licence_text, parameters, stop_sequences
 from moegguf.gguf_header import Header, read_header
 from moegguf.metadata import read_card
 from moegguf.runtime.template import template_of

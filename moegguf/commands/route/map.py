@@ -1,7 +1,7 @@
 """`moegguf route map`: which experts a mix uses for which text, and whether few of them at a time would do.
 
 Texts run through the file in llama.cpp while a tap reads the router's probabilities and choices; the statistics are
-those of `moegguf.measure.routing`. Shown as heat maps of shares (Figures 6 and 7 of arXiv 2408.17280), one row a
+those of `moegguf.measurement.routing`. Shown as heat maps of shares (Figures 6 and 7 of arXiv 2408.17280), one row a
 layer and one column an expert, and as a table of figures for each domain.
 
 Texts are cut into pieces of `--ctx` tokens, 512 by default, as in the work that defines SRP and SCH.
@@ -34,8 +34,8 @@ from moegguf.commands.options import (
 from moegguf.commands.progress import Bar, counted
 from moegguf.errors import UserError, one_line
 from moegguf.gguf_header import Header, read_header
-from moegguf.measure import plots
-from moegguf.measure.routing import Locality, Routing, total
+from moegguf.measurement import plots
+from moegguf.measurement.routing import Locality, Routing, total
 from moegguf.metadata import read_card
 from moegguf.recipe import find_recipes_file, load_recipe
 from moegguf.texts import Record, read_domains

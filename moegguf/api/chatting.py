@@ -1,64 +1,16 @@
-"""moegguf from Python: what the commands do, as functions.
-
-    import moegguf
-
-    moegguf.build("demo", output="demo.gguf")
-    with moegguf.open("demo.gguf", temp=0) as model:
-        print(model.chat("What is 6 times 7?"))
-        for piece in model.stream("And 6 times 8?"):
-            print(piece, end="", flush=True)
-
-Mistakes raise UserError, whose text says how to mend them. Nothing is printed.
-"""
+"""`moegguf.open`: a model to talk to."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
-from moegguf.assembly import Built
-from moegguf.assembly import build as write_plan
+from moegguf.api.paths import Location
 from moegguf.errors import UserError
-from moegguf.inspection import Inspection
-from moegguf.inspection import check as check_file
-from moegguf.inspection import inspect as inspect_file
-from moegguf.preparation import DEFAULT_BUILD, BuildOptions, Watch, prepare, unwatched
-from moegguf.recipe import find_recipes_file, load_recipe, parse_recipe
 from moegguf.runtime.chat import Conversation, Stats, Turn
 from moegguf.runtime.model import Model, open_model
 from moegguf.runtime.run_options import DEFAULT_OPTIONS, RunOptions
 from moegguf.runtime.sampling import SETTINGS, suggested_by_file
-
-Location = str | os.PathLike[str]
-
-
-def build(
-    recipe: str | Mapping[str, Any],
-    *,
-    recipes: Location | None = None,
-    options: BuildOptions = DEFAULT_BUILD,
-    watch: Watch = unwatched,
-    **keys: Any,
-) -> Built:
-    """Build a mix, as `moegguf build` does, and say what was written and where.
-
-    `recipe` is the name of a recipe in the file `recipes` (default: moegguf's models.toml), or a table of the keys that
-    a recipe has; `keys` are put on top of it: build("demo", quant="Q6_K", output="mix.gguf"). Paths in a table are
-    relative to the working directory. `watch` hears of the steps before the writing.
-    """
-    if isinstance(recipe, str):
-        file = find_recipes_file() if recipes is None else Path(recipes)
-        parsed = load_recipe(recipe, file, _texts(keys))
-    else:
-        name = Path(keys.get("output") or recipe.get("output") or "mix.gguf").stem
-        parsed = parse_recipe(name, {**recipe, **_texts(keys)}, where="recipe:", folder=Path())
-    return write_plan(prepare(parsed, options, watch).plan, threads=options.n_threads)
-
-
-def _texts(keys: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: os.fspath(value) if isinstance(value, os.PathLike) else value for key, value in keys.items()}
 
 
 def open(path: Location, *, system: str = "", options: RunOptions = DEFAULT_OPTIONS, **sampling: float | None) -> Chat:
@@ -124,13 +76,3 @@ class Chat:
     def stats(self) -> Stats | None:
         """Tokens and speed of the last answer."""
         return self._conversation.stats
-
-
-def inspect(path: Location) -> Inspection:
-    """What is in a GGUF, read from its header."""
-    return inspect_file(Path(path))
-
-
-def check(path: Location) -> list[str]:
-    """Every fault of a mix that reading all of it finds; none for a sound one."""
-    return check_file(Path(path))

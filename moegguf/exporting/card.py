@@ -17,8 +17,8 @@ import yaml
 
 from moegguf.assembly import TAGS
 from moegguf.errors import UserError, one_line
-from moegguf.export.recipe_toml import recipe_toml
-from moegguf.export.results import Table
+from moegguf.exporting.recipe_toml import recipe_toml
+from moegguf.exporting.results import Table
 from moegguf.gguf_header import Header, shards, whole
 from moegguf.licences import OTHER, UNKNOWN, asks, combine
 from moegguf.metadata import Card, read_card

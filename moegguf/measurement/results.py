@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from moegguf.errors import UserError
-from moegguf.measure.scores import Chosen, Outcome, Weighed
-from moegguf.measure.tasks import Metric
+from moegguf.measurement.scores import Chosen, Outcome, Weighed
+from moegguf.measurement.tasks import Metric
 
 Z = 1.959963984540054
 """Two-sided 95 % of a normal distribution."""

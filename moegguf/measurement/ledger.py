@@ -15,8 +15,8 @@ from hashlib import sha256
 from pathlib import Path
 
 from moegguf.errors import UserError
-from moegguf.measure.scores import Answered, Chosen, Outcome, Weighed
-from moegguf.measure.tasks import Item, Metric, Task
+from moegguf.measurement.scores import Answered, Chosen, Outcome, Weighed
+from moegguf.measurement.tasks import Item, Metric, Task
 
 _KINDS = {Metric.EXACT_MATCH: Answered, Metric.CHOICE: Chosen, Metric.PERPLEXITY: Weighed}
 

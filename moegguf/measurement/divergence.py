@@ -8,8 +8,8 @@ For every token that has one before it in its chunk, p is what the reference say
 - *perplexity* of both: exp of the mean of -log p of the token that follows.
 
 Tokens of a chunk depend on each other, chunks are taken as independent draws. So every standard error is that of a
-ratio estimate over chunks (as in `moegguf.measure.results`), and the interval of the agreement is Wilson's for as many
-independent tokens as would scatter like these (C. Franco, R. Little, T. Louis and E. Slud, "Comparative Study of
+ratio estimate over chunks (as in `moegguf.measurement.results`), and the interval of the agreement is Wilson's for as
+many independent tokens as would scatter like these (C. Franco, R. Little, T. Louis and E. Slud, "Comparative Study of
 Confidence Intervals for Proportions in Complex Sample Surveys", J. Surv. Stat. Methodol. 7, 2019: it may still be a
 little narrow where chunks are few). A single chunk gives none.
 
@@ -35,7 +35,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moegguf.measure.results import Interval, wilson
+from moegguf.measurement.results import Interval, wilson
 
 TOKEN = np.dtype([("kld", "f4"), ("p_change", "f4"), ("is_same_top", "?"), ("nll_reference", "f4"), ("nll", "f4")])
 """What is known of one token; `p_change` is q - p of the reference's likeliest, nll are -log p of the token itself."""

@@ -24,7 +24,7 @@ from typing import Protocol
 import numpy as np
 
 from moegguf.errors import UserError
-from moegguf.measure.tasks import Choice, Metric, Task, answer_of
+from moegguf.measurement.tasks import Choice, Metric, Task, answer_of
 from moegguf.texts import Chat, Completion, Record
 
 MIN_ANSWER = 16
