@@ -88,18 +88,26 @@ def test_a_swap_is_a_fresh_build_to_the_byte(form: str, at: str, models: Family,
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["copy.gguf", "fresh.gguf", "mix.gguf"]
 
 
+@pytest.mark.parametrize("quant", ["Q2_K_S", "Q4_0", "Q5_1"])
 @pytest.mark.parametrize("form", ["mixtral", "fused"])
-def test_k_quants_with_an_imatrix_are_swapped_to_the_byte_too(form: str, family, tmp_path: Path):
+def test_what_needs_or_has_an_imatrix_is_swapped_to_the_byte_too(form: str, quant: str, family, tmp_path: Path):
     """One of the dense model, which is that of every expert."""
     models = family("llama3_like", num_hidden_layers=1)
     dense = read_tensors(build_dense(tmp_path / "dense.gguf", models.base))
-    table = FORMS[form] | {"quant": "Q2_K_S", "imatrix": str(write_imatrix(tmp_path / "i.gguf", importances(dense)))}
+    table = FORMS[form] | {"quant": quant, "imatrix": str(write_imatrix(tmp_path / "i.gguf", importances(dense)))}
     mix = built(tmp_path / "mix.gguf", models, "01", **table)
     fresh = built(tmp_path / "fresh.gguf", models, "01", swapped={"e0": models.experts[2]}, **table)
     change = plan_swap(read_mix(mix), {"e0": str(models.experts[2])}, imatrix=tmp_path / "i.gguf")
     write_in_place(change)
     assert mix.read_bytes() == fresh.read_bytes()
     assert change.notes == ()
+
+
+def test_a_type_that_needs_an_imatrix_is_not_swapped_in_without(family, tmp_path: Path):
+    models = family("llama3_like", num_hidden_layers=1)
+    dense = read_tensors(build_dense(tmp_path / "dense.gguf", models.base))
+    imatrix = write_imatrix(tmp_path / "i.gguf", importances(dense))
+    mix = built(tmp_path / "mix.gguf", models, "01", quant="Q2_K_S", imatrix=str(imatrix))
     with pytest.raises(UserError, match="Q2_K needs an importance matrix; pass --imatrix FILE"):
         plan_swap(read_mix(mix), {"e0": str(models.experts[2])})
 

@@ -23,6 +23,7 @@ from gguf import GGUFWriter
 from conftest import Stored, build_dense, build_mix, make_recipe, read_metadata, read_tensors
 from moegguf.assembly import plan_build
 from moegguf.errors import UserError
+from moegguf.quant import ggml
 from moegguf.quant.presets import preset, preset_names
 
 NEEDS_IMATRIX = {"IQ3_XS", "IQ3_XXS", "Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"}
@@ -162,6 +163,10 @@ def write_imatrix(path: Path, imatrix: Imatrix) -> Path:
     return path
 
 
+ROW_WIDE = "Q4_0"
+"""With an imatrix ggml weighs its errors by the mean square of a row."""
+
+
 @pytest.mark.parametrize("layout", ["mixtral", "fused", "shared"])
 def test_an_imatrix_of_the_mix_gives_what_it_gives_llama_model_quantize(layout: str, family, tmp_path: Path):
     """Expert by expert: each slice of a stack has its own."""
@@ -169,11 +174,27 @@ def test_an_imatrix_of_the_mix_gives_what_it_gives_llama_model_quantize(layout: 
     precise = build_mix(tmp_path / "mix.gguf", models.base, models.experts, layout=layout)
     imatrix = importances(read_tensors(precise))
     file = write_imatrix(tmp_path / "imatrix.gguf", imatrix)
-    for name in WITH_IMATRIX:
+    for name in WITH_IMATRIX if layout == "mixtral" else set(WITH_IMATRIX) - {ROW_WIDE}:
         direct, oracle = tmp_path / f"direct-{name}.gguf", tmp_path / f"oracle-{name}.gguf"
         build_mix(direct, models.base, models.experts, layout=layout, quant=name, imatrix=str(file))
         assert llama_quantise(precise, oracle, name, imatrix), name
         assert_same_tensors(direct, oracle, name)
+
+
+@pytest.mark.parametrize("layout, role", [("fused", "ffn_down"), ("shared", "ffn_down_shexp")])
+def test_experts_that_share_rows_are_quantised_as_if_each_had_rows_of_its_own(layout, role, family, tmp_path: Path):
+    models, down = family("tied", "f32", **SMALL), f"blk.0.{role}.weight"
+    precise = read_tensors(build_mix(tmp_path / "mix.gguf", models.base, models.experts, layout=layout))
+    imatrix = importances(precise)
+    file = write_imatrix(tmp_path / "imatrix.gguf", imatrix)
+    mix = build_mix(tmp_path / "q.gguf", models.base, models.experts, layout=layout, quant=ROW_WIDE, imatrix=str(file))
+    rows = np.frombuffer(precise[down].data, np.float32).reshape(precise[down].shape)
+    n_experts = rows.shape[1] // SMALL["intermediate_size"]
+    each = zip(np.split(rows, n_experts, axis=1), np.split(imatrix[down][0], n_experts), strict=True)
+    apart = [ggml.quantise(Type.Q4_0, np.ascontiguousarray(floats), important) for floats, important in each]
+    assert read_tensors(mix)[down].data == np.concatenate(apart, axis=1).tobytes()
+    together = ggml.quantise(Type.Q4_0, rows, imatrix[down][0])
+    assert read_tensors(mix)[down].data != together.tobytes()
 
 
 @pytest.mark.parametrize("layout", ["mixtral", "fused", "shared"])

@@ -10,9 +10,6 @@ would choose the same types: some of llama.cpp's rules ask whether there are fou
 1 where a layout folds in how many experts there are: fused, shared, and given weights. They go into the block scales,
 so that nothing is quantised twice. Noise is that of a fresh build; a router that was fitted or trained loses rows, and
 gains none.
-
-One thing is not as in a fresh build: with an imatrix, ggml weighs the errors of Q4_0, Q4_1, Q5_0 and Q5_1 by the mean
-square of whole rows, and in a fused down projection a new expert has rows of its own.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
 """The bytes of finished rows: read, decode, scale, put side by side, quantise.
 
 Rows whose source already has the wanted type are never decoded: their bytes pass through, with their block
-scales multiplied where a factor has to go in. All the work is done in C calls that release the GIL, on one chunk
-of rows, so any number of threads may make rows at once.
+scales multiplied where a factor has to go in. Experts side by side in a row are quantised each on its own, as far as
+blocks end where they do: with an imatrix ggml weighs the errors of Q4_0, Q4_1, Q5_0 and Q5_1 by the mean square of the
+row that it is given, and no expert's bytes are to depend on its neighbours. All the work is done in C calls that
+release the GIL, on one chunk of rows, so any number of threads may make rows at once.
 """
 
 from __future__ import annotations
@@ -53,21 +55,19 @@ def make_rows(tensor: Planned, band: Sequence[Part], start: int, stop: int) -> t
     Raises UserError when a source cannot be read, holds NaN or Inf, or does not fit the type.
     """
     raw = [part.tensor.read_rows(start, stop) for part in band]
-    passed = [_passed_through(part, rows, tensor.type) for part, rows in zip(band, raw, strict=True)]
-    cost = Requantised()
-    if any(rows is not None for rows in passed) and _splits_at_blocks(band, tensor.type):
-        pieces = []
-        for part, rows, done in zip(band, raw, passed, strict=True):
-            if done is None:
-                done, piece_cost = _quantised([part], [rows], tensor.type)
-                cost += piece_cost
-            pieces.append(done)
-        data = _side_by_side(pieces)
+    if _splits_at_blocks(band, tensor.type):
+        made = [_made(part, rows, tensor.type) for part, rows in zip(band, raw, strict=True)]
+        data, cost = _side_by_side([rows for rows, _ in made]), sum((cost for _, cost in made), Requantised())
     else:
         data, cost = _quantised(band, raw, tensor.type)
     if not ggml.is_valid(tensor.type, data):
         raise _not_writable(max(zip(band, raw, strict=True), key=_magnitude)[0], tensor.type)
     return data, cost
+
+
+def _made(part: Part, rows: np.ndarray, type: GGMLQuantizationType) -> tuple[np.ndarray, Requantised]:
+    passed = _passed_through(part, rows, type)
+    return _quantised([part], [rows], type) if passed is None else (passed, Requantised())
 
 
 def _passed_through(part: Part, rows: np.ndarray, type: GGMLQuantizationType) -> np.ndarray | None:
