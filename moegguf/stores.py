@@ -1,4 +1,4 @@
-"""Where other programs keep models on this machine: the Hugging Face cache, Ollama, LM Studio.
+"""Where other programs keep models on this machine: the Hugging Face cache, Ollama, LM Studio. And where we do.
 
 Only looks; what is in a store is for those who open it. What a program's settings say comes first, then the places
 where it keeps models by default, whether they exist or not.
@@ -75,6 +75,11 @@ def lmstudio_folders() -> list[Path]:
     """Where LM Studio may keep models: the folder of its settings, then where older and newer versions had them."""
     defaults = [lmstudio_home(), Path.home() / ".lmstudio", Path.home() / ".cache" / "lm-studio"]
     return list(dict.fromkeys([lmstudio_folder(), *(home / "models" for home in defaults)]))
+
+
+def cache_folder(command: str) -> Path:
+    """Where a command of ours keeps what it can work out again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moegguf" / command
 
 
 def is_folder(path: Path) -> bool:

@@ -11,13 +11,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from gguf import GGUFValue, GGUFValueType
 
 from conftest import build_dense, build_report, make_recipe, read_metadata, read_tensors, rewrite
 from moegguf.assembly import plan_build
+from moegguf.cli import main
 from moegguf.errors import UserError
 from moegguf.gguf_header import read_header
 from moegguf.metadata import read_card
-from moegguf.sources import open_source
+from moegguf.runtime.template import ChatTemplate, template_of
+from moegguf.runtime.vocab import open_vocab
+from moegguf.sources import blob, open_source
 from moegguf.stores import stores
 
 APACHE = "\n                                 Apache License\n                           Version 2.0, January 2004\n"
@@ -71,15 +75,19 @@ class OllamaStore:
         """Write a model with one layer of each kind; returns its manifest."""
         path = self.manifest(name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        entries = []
+        entries, config = [], {}
         for kind, content in layers.items():
             digest, size = self.blob(content)
-            entries.append({"mediaType": f"application/vnd.ollama.image.{kind}", "digest": digest, "size": size})
-        path.write_text(json.dumps({"schemaVersion": 2, "config": {}, "layers": entries}))
+            if kind == "config":
+                config = {"mediaType": "application/vnd.docker.container.image.v1+json", "digest": digest, "size": size}
+            else:
+                entries.append({"mediaType": f"application/vnd.ollama.image.{kind}", "digest": digest, "size": size})
+        path.write_text(json.dumps({"schemaVersion": 2, "config": config, "layers": entries}))
         return path
 
     def blob_of(self, name: str, kind: str) -> Path:
-        layers = json.loads(self.manifest(name).read_text())["layers"]
+        manifest = json.loads(self.manifest(name).read_text())
+        layers = [{**manifest["config"], "mediaType": ".config"}, *manifest["layers"]]
         digest = next(layer["digest"] for layer in layers if layer["mediaType"].endswith(f".{kind}"))
         return self.folder / "blobs" / digest.replace(":", "-")
 
@@ -93,7 +101,7 @@ def store(home: Path, dense) -> OllamaStore:
     store = OllamaStore(home / ".ollama" / "models")
     store.add(
         BASE, model=dense[0], template=b"{{ .Prompt }}", params=json.dumps(PARAMETERS).encode(),
-        system=b"Be brief.", license=APACHE.encode(),
+        system=b"Be brief.", license=APACHE.encode(), config=b'{"model_family": "llama"}',
     )  # fmt: skip
     store.add(EXPERT, model=dense[1])
     return store
@@ -127,8 +135,8 @@ def test_models_of_ollama_mix_as_the_files_that_they_are(store: OllamaStore, den
     built = build_report(tmp_path / "a.gguf", "ollama:tiny", [{"source": "ollama:me/tiny-sums:v2"}])
     plain = build_report(tmp_path / "b.gguf", dense[0], [dense[1]])
     assert read_tensors(built.plan.path) == read_tensors(plain.plan.path)
-    assert read_metadata(built.plan.path, "llama.", "tokenizer.") == read_metadata(
-        plain.plan.path, "llama.", "tokenizer."
+    assert read_metadata(built.plan.path, "llama.", "tokenizer.ggml.") == read_metadata(
+        plain.plan.path, "llama.", "tokenizer.ggml."
     )
     card = read_card(read_header(built.plan.path))
     id = hashlib.sha256(store.manifest(BASE).read_bytes()).hexdigest()[:12]
@@ -142,28 +150,69 @@ def test_parameters_go_where_gguf_has_keys_for_them_and_the_rest_is_told(store: 
     sampling = {key: value.value for key, value in source.metadata.items() if key.startswith("general.sampling.")}
     prefix = "general.sampling."
     assert sampling == {f"{prefix}temp": 0.25, f"{prefix}top_k": 7, f"{prefix}penalty_repeat": 1.5}
-    notes = "\n".join(source.notes)
-    assert len(source.notes) == 3
-    assert "stop, num_ctx" in notes and "system prompt" in notes and "template" in notes
+    assert [note for note in source.notes if "stop, num_ctx" in note] == [source.notes[-1]]
 
 
-@pytest.mark.parametrize("has_own", [True, False])
-def test_the_chat_template_is_the_ggufs_own(has_own: bool, store: OllamaStore, dense, tmp_path: Path):
-    from gguf import GGUFValue, GGUFValueType
+CHATML = (
+    b"{{ if .System }}<|im_start|>system\n{{ .System }}<|im_end|>\n{{ end }}{{ if .Prompt }}<|im_start|>user\n"
+    b"{{ .Prompt }}<|im_end|>\n{{ end }}<|im_start|>assistant\n{{ .Response }}<|im_end|>\n"
+)
+ASKED = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
 
-    keys = {"tokenizer.chat_template": GGUFValue("{{ messages }}", GGUFValueType.STRING)} if has_own else {}
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_a_mix_is_talked_to_as_ollama_talks_to_its_base(adds_bos: bool, store: OllamaStore, dense, tmp_path: Path):
+    """Ollama renders its template with its system prompt, and the tokenizer adds what begins a text."""
+    keys = {"tokenizer.ggml.add_bos_token": GGUFValue(adds_bos, GGUFValueType.BOOL)}
+    store.add(BASE, model=rewrite(dense[0], tmp_path / "b.gguf", keys=keys), template=CHATML, system=b"Be brief.")
+    path = build_report(tmp_path / "mix.gguf", "ollama:tiny", [{"source": "ollama:me/tiny-sums:v2"}]).plan.path
+    vocab = open_vocab(path)
+    template = template_of(read_header(path), vocab)
+    text = template.prompt([{"role": "user", "content": "Why?"}])
+    assert vocab.tokenize_prompt(text) == [vocab.bos] * adds_bos + vocab.tokenize(ASKED)
+    assert text == vocab.name(vocab.bos) * adds_bos + ASKED  # for Transformers, which adds nothing to it
+    assert template.after_answer == "<|im_end|>\n"
+
+
+@pytest.mark.parametrize("own", ["{{ messages[-1].content }}", None])
+@pytest.mark.parametrize(
+    ("layers", "is_own", "note"),
+    [
+        ({"template": b"{{ .Prompt }}"}, False, "the chat template is Ollama's, translated from Go"),
+        ({"prompt": b"{{ .Prompt }}"}, False, "the chat template is Ollama's, translated from Go"),
+        ({"template": b"{{ .Weather }}"}, True, "it asks for .Weather: the mix has"),
+        ({"template": b"{{ .Prompt }}", "config": b'{"renderer": "qwen9"}'}, True, "by a program, qwen9, and not"),
+        ({"config": b'{"model_family": "llama"}'}, True, ""),
+    ],
+)
+def test_the_chat_template_is_ollamas_where_it_has_one(
+    own: str | None, layers: dict, is_own: bool, note: str, store: OllamaStore, dense, tmp_path: Path
+):
+    keys = {"tokenizer.chat_template": GGUFValue(own, GGUFValueType.STRING)} if own else {}
     file = rewrite(dense[0], tmp_path / "t.gguf", keys=keys, keep=lambda key: key != "tokenizer.chat_template")
-    store.add(BASE, model=file, template=b"{{ .Prompt }}")
+    store.add(BASE, model=file, **layers)
     source = open_source("ollama:tiny")
-    assert ("tokenizer.chat_template" in source.read_vocab()) is has_own
-    assert ("the GGUF's own" in source.notes[0]) is has_own
+    found = source.read_vocab().get("tokenizer.chat_template")
+    assert (found.value if found else None) == own if is_own else "namespace" in found.value
+    assert note in "".join(source.notes)
+    assert bool(source.notes) is bool(note)
 
 
-def test_a_build_says_what_is_not_taken_along(store: OllamaStore, capsys):
-    from moegguf.cli import main
+def test_messages_that_a_model_begins_with_begin_every_conversation(store: OllamaStore, dense):
+    first = json.dumps([{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}]).encode()
+    store.add(BASE, model=dense[0], template=b"[{{ .Prompt }}]{{ .Response }}", messages=first)
+    source = open_source("ollama:tiny")
+    template = ChatTemplate(source.read_vocab()["tokenizer.chat_template"].value, "", "")
+    assert template.prompt([{"role": "user", "content": "2+2"}]) == "[1+1]2[2+2]"
+    assert "says its 2 first messages by itself" in source.notes[1]
 
+
+def test_a_build_says_what_is_taken_from_ollama_and_what_is_not(store: OllamaStore, capsys):
     assert main(["build", "--base", "ollama:tiny", "--expert", "a=ollama:tiny", "--dry-run"]) == 0
-    assert "its system prompt is not taken along" in " ".join(capsys.readouterr().out.split())
+    said = " ".join(capsys.readouterr().out.split())
+    assert "translated from Go" in said
+    assert "no place for its system prompt: left out" in said  # the template has no .System
+    assert "stop, num_ctx: they are not taken along" in said
 
 
 NAMES = {
@@ -229,7 +278,7 @@ DAMAGE = {
     "no layers": (lambda store: store.manifest(BASE).write_text("{}"), "it has no list of layers"),
     "bad digest": (
         lambda store: spoil(store.manifest(BASE), lambda text: text.replace(b"sha256:", b"sha256:../", 1)),
-        "layers[0] is {",
+        "expected mediaType, a sha256 digest and size",
     ),
     "bad size": (
         lambda store: store.manifest(BASE).write_text(
@@ -251,6 +300,18 @@ DAMAGE = {
     "parameter of another type": (
         lambda store: store.add(BASE, params=b'{"top_k": "many"}', model=store.blob_of(EXPERT, "model")),
         "its parameter top_k is 'many', expected a number",
+    ),
+    "changed configuration": (
+        lambda store: spoil(store.blob_of(BASE, "config"), lambda b: b.replace(b"llama", b"gemma")),
+        "(config) does not have the digest in its name",
+    ),
+    "bad configuration": (
+        lambda store: store.add(BASE, model=store.blob_of(EXPERT, "model"), config=b"[]"),
+        "its configuration is no JSON object",
+    ),
+    "bad messages": (
+        lambda store: store.add(BASE, model=store.blob_of(EXPERT, "model"), messages=b'[{"role": "user"}]'),
+        "its messages are no JSON list of texts with roles",
     ),
     "adapter": (lambda store: store.add(BASE, model=b"", adapter=b"x"), "has a layer of kind adapter"),
     "no weights": (lambda store: store.add(BASE, template=b"x"), "has 0 files of weights, expected one GGUF"),
@@ -276,6 +337,27 @@ def test_weights_are_verified_before_a_build_writes_and_not_before(store: Ollama
     with pytest.raises(UserError, match=f"{blob.name}: its SHA-256 is .* the file is damaged"):
         build_report(tmp_path / "mix.gguf", "ollama:tiny", [{"source": "ollama:me/tiny-sums:v2"}])
     assert not (tmp_path / "mix.gguf").exists()
+
+
+def test_a_file_is_read_once_for_its_digest_and_again_when_it_changed(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(blob, "_CHUNK_BYTES", 4)
+    path, heard = tmp_path / "x", []
+
+    def digest_is_right() -> bool:
+        os.utime(path, (0, 0))
+        return blob.sha256_of(path, heard.append) == hashlib.sha256(path.read_bytes()).hexdigest()
+
+    path.write_bytes(b"before")
+    os.utime(path, (0, 0))
+    assert [blob.sha256_of(path, heard.append) for _ in range(2)] == [hashlib.sha256(b"before").hexdigest()] * 2
+    assert heard == [4, 2, 6]  # in pieces, then all that is known already
+    path.write_bytes(b"behind")
+    assert digest_is_right()
+    path.write_bytes(b"longer than before")
+    assert digest_is_right()
+    path.unlink()
+    path.write_bytes(b"before")
+    assert digest_is_right()
 
 
 def test_progress_hears_every_byte_that_is_verified_and_written(store: OllamaStore, tmp_path: Path):

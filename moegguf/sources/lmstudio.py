@@ -2,7 +2,9 @@
 
 LM Studio keeps models as plain GGUF files, `PUBLISHER/MODEL/FILE.gguf` under a folder that its settings name. FILE may
 be left out where the model is one file (or one that is split into shards), and its ending always. Vision projectors,
-`mmproj-*`, do not count.
+`mmproj-*`, do not count. Nothing there is ever written.
+
+Source of the layout: lmstudio.ai/docs/app/basics/import-model.
 """
 
 from __future__ import annotations

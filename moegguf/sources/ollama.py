@@ -5,10 +5,10 @@ weights (a GGUF file), and beside them what Ollama keeps outside of it: chat tem
 licence.
 
 Everything that is small is read and checked by its digest now; of the weights the size is, and their digest when a
-build is about to read them anyway. Parameters become the `general.sampling.*` keys that GGUF has for them. Ollama's
-templates are Go's, which a GGUF cannot hold: the template is that of the GGUF itself. What stays behind is told in
-`Source.notes`. ID is what `ollama list` shows, the first digits of the manifest's digest: a mix records it, and with it
-a reference means that version or none.
+build is about to read them anyway. Parameters become the `general.sampling.*` keys that GGUF has for them; template,
+system prompt and first messages become the chat template (`ollama_chat`). What becomes of them, and what stays behind,
+is told in `Source.notes`. ID is what `ollama list` shows, the first digits of the manifest's digest: a mix records it,
+and with it a reference means that version or none.
 
 Nothing is pulled, and nothing in the store is ever written. Source of the format: ollama, manifest/*.go,
 types/model/name.go and server/images.go.
@@ -24,13 +24,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any, TypeGuard
 
 from gguf import GGUFValue, GGUFValueType, Keys
 
 from moegguf.errors import UserError
-from moegguf.gguf_header import read_header
+from moegguf.gguf_header import Header, read_header
 from moegguf.licences import recognise
 from moegguf.sources.gguf_file import open_gguf
+from moegguf.sources.ollama_chat import Chat, Message, Told, chat_of
 from moegguf.stores import is_folder, ollama_folders
 from moegguf.tensor import Expected, Metadata, Source
 
@@ -47,6 +49,8 @@ SAMPLING = {
     "mirostat_eta": (Keys.General.SAMPLING_MIROSTAT_ETA, F32),
 }
 """Ollama's parameter → GGUF's key and type. Ollama's others have no key."""
+
+TEMPLATE = Keys.Tokenizer.CHAT_TEMPLATE
 
 _HOST, _NAMESPACE, _TAG = "registry.ollama.ai", "library", "latest"
 _NAME = re.compile(
@@ -83,7 +87,7 @@ class Name:
 
 @dataclass(frozen=True)
 class Layer:
-    """A blob that a manifest names. `kind` is the end of its media type: model, template, params, …"""
+    """A blob that a manifest names. `kind` is the end of its media type: model, template, params, …, or "config"."""
 
     kind: str
     path: Path
@@ -107,6 +111,10 @@ class Model:
         """The layers of that kind as one text; empty where there is none. Raises UserError for a damaged blob."""
         return "\n\n".join(self._read(layer) for layer in self.layers if layer.kind == kind)
 
+    def last(self, kind: str) -> str:
+        """The last layer of that kind, which is the one that counts; empty where there is none."""
+        return next((self._read(layer) for layer in reversed(self.layers) if layer.kind == kind), "")
+
     def _read(self, layer: Layer) -> str:
         if layer.n_bytes > _MAX_SMALL_BYTES:
             raise self.fault(f"its {layer.kind} has {layer.n_bytes} bytes, expected a small text")
@@ -117,13 +125,31 @@ class Model:
 
     @cached_property
     def parameters(self) -> Mapping[str, object]:
+        return self._json("params", "its parameters are no JSON object", {}, dict)
+
+    @cached_property
+    def told(self) -> Told:
+        """What is there of how to talk to it."""
+        fault = "its messages are no JSON list of texts with roles"
+        examples = tuple(self._json("messages", fault, [], list))
+        if not all(map(_is_message, examples)):
+            raise self.fault(fault)
+        renderer = self._json("config", "its configuration is no JSON object", {}, dict).get("renderer")
+        template = self.last("template") or self.last("prompt")
+        return Told(template, self.last("system"), examples, renderer if isinstance(renderer, str) else "")
+
+    def _json(self, kind: str, fault: str, default: Any, type: type) -> Any:
         try:
-            found = json.loads(self.text("params") or "{}")
+            found = json.loads(self.last(kind)) if self.last(kind) else default
         except (ValueError, RecursionError):
             found = None
-        if not isinstance(found, dict):
-            raise self.fault("its parameters are no JSON object")
+        if not isinstance(found, type):
+            raise self.fault(fault)
         return found
+
+
+def _is_message(value: object) -> TypeGuard[Message]:
+    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
 
 
 def open_ollama(target: str, ref: str) -> Source:
@@ -144,9 +170,14 @@ def open_ollama(target: str, ref: str) -> Source:
     if "general.license" not in metadata and (licence := recognise(model.text("license"))):
         metadata["general.license"] = GGUFValue(licence, GGUFValueType.STRING)
     expected = (Expected(weights[0].path, weights[0].n_bytes, weights[0].sha256),)
-    has_template = "tokenizer.chat_template" in read_header(weights[0].path).fields
-    notes = tuple(_notes(model, has_template=has_template))
-    return replace(source, metadata=metadata, expected=expected, notes=notes)
+    chat = _chat(model, read_header(weights[0].path))
+    notes = (*(f"{ref}: {note}" for note in chat.notes), *_notes(model))
+
+    def read_vocab() -> Metadata:
+        keys = source.read_vocab()
+        return keys if chat.template is None else keys | {TEMPLATE: GGUFValue(chat.template, GGUFValueType.STRING)}
+
+    return replace(source, metadata=metadata, read_vocab=read_vocab, expected=expected, notes=notes)
 
 
 def parse_name(text: str, where: str, mend: str) -> Name:
@@ -205,14 +236,17 @@ def _layers(path: Path, folder: Path, content: bytes, name: Name) -> Iterator[La
     layers = manifest.get("layers") if isinstance(manifest, dict) else None
     if not isinstance(layers, list):
         raise malformed("it has no list of layers")
-    for i, layer in enumerate(layers):
+    entries = {f"layers[{i}]": layer for i, layer in enumerate(layers)}
+    if manifest.get("config"):
+        entries["config"] = manifest["config"]
+    for where, layer in entries.items():
         entry = layer if isinstance(layer, dict) else {}
         kind, digest, size = (entry.get(key) for key in ("mediaType", "digest", "size"))
         match = _DIGEST.fullmatch(digest) if isinstance(digest, str) else None
         if match is None or not isinstance(kind, str) or type(size) is not int or size < 0:
-            raise malformed(f"layers[{i}] is {json.dumps(layer)[:200]}, expected mediaType, a sha256 digest and size")
-        hex = match["hex"].lower()
-        yield Layer(kind.removeprefix(_KIND), folder / "blobs" / f"sha256-{hex}", size, hex)
+            raise malformed(f"{where} is {json.dumps(layer)[:200]}, expected mediaType, a sha256 digest and size")
+        hex, kind = match["hex"].lower(), "config" if where == "config" else kind.removeprefix(_KIND)
+        yield Layer(kind, folder / "blobs" / f"sha256-{hex}", size, hex)
 
 
 def _check_size(model: Model, layer: Layer) -> None:
@@ -239,15 +273,18 @@ def _sampling(model: Model) -> Metadata:
     return keys
 
 
-def _notes(model: Model, *, has_template: bool) -> Iterator[str]:
-    """What Ollama adds to this model and a mix cannot take along; `has_template` is whether the GGUF has one itself."""
-    if model.text("template") and has_template:
-        yield f"{model.ref}: the chat template is the GGUF's own, not the one that Ollama has beside it"
-    elif model.text("template"):
-        yield f"{model.ref}: its chat template is in Ollama's form only, which a GGUF cannot hold: the mix has none"
+def _chat(model: Model, header: Header) -> Chat:
+    """The chat template: that of the GGUF, or what Ollama has beside it."""
+    own, tokens = header.get(TEMPLATE), header.get(Keys.Tokenizer.LIST)
+    bos = header.get(Keys.Tokenizer.BOS_ID)
+    is_added = header.get(Keys.Tokenizer.ADD_BOS, header.get(Keys.Tokenizer.MODEL) == "llama")
+    has_bos = is_added and isinstance(tokens, list) and isinstance(bos, int) and 0 <= bos < len(tokens)
+    return chat_of(model.told, own if isinstance(own, str) else None, tokens[bos] if has_bos else "")
+
+
+def _notes(model: Model) -> Iterator[str]:
+    """What else Ollama has of this model and a mix cannot take along."""
     if left := [name for name in model.parameters if name not in SAMPLING]:
         yield f"{model.ref}: GGUF has no keys for its parameters {', '.join(left)}: they are not taken along"
-    if model.text("system"):
-        yield f"{model.ref}: its system prompt is not taken along: a GGUF cannot hold one"
     if any(layer.kind == "projector" for layer in model.layers):
         yield f"{model.ref}: its projector is left out: a mix takes text only"
