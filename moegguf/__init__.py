@@ -5,15 +5,29 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from moegguf.api import export, route
     from moegguf.api.building import build, check, inspect
+    from moegguf.api.calibrating import calibrate
     from moegguf.api.chatting import Chat, open
+    from moegguf.api.editing import add, drop, merge, prune, set, split, swap
+    from moegguf.api.measuring import eval, measure, train
+    from moegguf.api.running import Offload, RunOptions, bench, doctor, plan, serve, worker
     from moegguf.errors import UserError
 
 __version__ = "0.1.0"
-__all__ = ["Chat", "UserError", "build", "check", "inspect", "open"]
+__all__ = [
+    "Chat", "Offload", "RunOptions", "UserError", "add", "bench", "build", "calibrate", "check", "doctor", "drop",
+    "eval", "export", "inspect", "measure", "merge", "open", "plan", "prune", "route", "serve", "set", "split", "swap",
+    "train", "worker",
+]  # fmt: skip
 _MODULES = {
+    "api": ("export", "route"),
     "api.building": ("build", "check", "inspect"),
+    "api.calibrating": ("calibrate",),
     "api.chatting": ("Chat", "open"),
+    "api.editing": ("add", "drop", "merge", "prune", "set", "split", "swap"),
+    "api.measuring": ("eval", "measure", "train"),
+    "api.running": ("Offload", "RunOptions", "bench", "doctor", "plan", "serve", "worker"),
     "errors": ("UserError",),
 }
 """Where `__all__` is from. A name that its module lacks is that of a module in it."""

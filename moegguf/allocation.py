@@ -3,7 +3,7 @@
     plan → sensitivities (a sample of the weights) → influences → options → choice → the plan with those types
 
 `survey` does the first half, which takes the time; `allocate` the second, so that many budgets can be tried on one
-survey, and so that `moegguf.probing` can correct the influences in between.
+survey, and so that `moegguf.jobs.probing` can correct the influences in between.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from gguf import (
 
 from moegguf import __version__
 from moegguf.assign import assign_types
-from moegguf.atomic import check_space
+from moegguf.atomic import check_space, check_writable
 from moegguf.errors import UserError
 from moegguf.families import PER_LAYER_WIDTHS
 from moegguf.layouts import lay_out
@@ -115,7 +115,7 @@ def plan_build(
     Raises UserError, with all faults that were found, before anything is written.
     """
     _check_expressible(recipe)
-    check_target(recipe.output, overwrite)
+    check_writable(recipe.output, overwrite)
     mix = open_mix(recipe, router=router, stream=stream, pre=pre)
     mix = with_imatrices(mix, lambda ref: read_imatrix(recipe.folder / ref))
     if recipe.compact:
@@ -282,18 +282,6 @@ def _check_compactable(mix: Mix) -> None:
             f"{mix.base.ref}: {what}, which cannot be compacted, only {', '.join(PER_LAYER_WIDTHS)} without can",
             "leave compact out; mix = 'fine-grained' is one model's size",
         )
-
-
-def check_target(path: Path, overwrite: bool) -> None:
-    """Raises UserError where no file can be written to `path`, or one is there that must not be replaced."""
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder, expected a file name", f"write -o {path / 'mix.gguf'}")
-    if path.exists() and not overwrite:
-        raise UserError(f"{path}: exists already", "choose another -o, or pass --force to replace it")
-    if not path.parent.is_dir():
-        raise UserError(f"{path.parent}: no such folder to write {path.name} to", "create it, or choose another -o")
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"{path.parent}: may not be written to", "choose another -o")
 
 
 def _check_target_is_no_source(path: Path, mix: Mix) -> None:

@@ -9,9 +9,11 @@ the first is named last: whoever finds it finds them all.
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from io import BufferedWriter
 from pathlib import Path
@@ -82,12 +84,59 @@ def new_folder(path: Path) -> Iterator[None]:
     if path.exists() and not path.is_dir():
         raise UserError(f"{path}: is a file, expected a folder", "choose another")
     is_new = not path.exists()
-    path.mkdir(exist_ok=True)
+    try:
+        path.mkdir(exist_ok=True)
+    except OSError as error:
+        raise _unwritable(path, error) from error
     try:
         yield
     finally:
         if is_new and not any(path.iterdir()):
             path.rmdir()
+
+
+@contextlib.contextmanager
+def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
+    """A folder in `parent`, whose name begins with `name`, that is gone when the block ends.
+
+    Those that killed processes left there are removed first. Raises UserError when it cannot be made.
+    """
+    for path in parent.glob(f"{glob.escape(name)}.*.*"):
+        if _is_abandoned(path, name):
+            shutil.rmtree(path, ignore_errors=True)
+    try:
+        folder = tempfile.TemporaryDirectory(prefix=f"{name}.{os.getpid()}.", dir=parent)
+    except OSError as error:
+        raise _unwritable(parent, error) from error
+    with folder:
+        yield Path(folder.name)
+
+
+def _is_abandoned(folder: Path, name: str) -> bool:
+    """Whether the process that made this scratch folder is gone; one that began later only has the same number."""
+    import psutil
+
+    match = re.fullmatch(re.escape(name) + r"\.(\d{1,9})\..*", folder.name)
+    try:
+        return bool(match) and psutil.Process(int(match[1])).create_time() > folder.stat().st_mtime
+    except psutil.NoSuchProcess:
+        return True
+    except (psutil.Error, OSError):
+        return False
+
+
+def check_writable(target: Path, overwrite: bool) -> None:
+    """Raises UserError where no file can be written to `target`, or one is there that must not be replaced."""
+    if target.is_dir():
+        raise UserError(f"{target}: is a folder, expected a file name", "name a file in it")
+    if target.exists() and not overwrite:
+        raise UserError(f"{target}: exists already", "choose another name, or pass --force to replace it")
+    if not target.parent.is_dir():
+        raise UserError(
+            f"{target.parent}: no such folder to write {target.name} to", "create it, or choose another name"
+        )
+    if not os.access(target.parent, os.W_OK):
+        raise UserError(f"{target.parent}: may not be written to", "choose another folder")
 
 
 def check_space(folder: Path, n_bytes: int, what: str, mend: str = "free some space") -> None:

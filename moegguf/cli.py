@@ -14,10 +14,11 @@ import io
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from moegguf import __version__
 from moegguf.errors import UserError, one_line
+from moegguf.interrupt import Terminated, terminable
 
 COMMANDS = {
     "build": "mix fine-tunes of one model into a single quantised MoE GGUF",
@@ -55,7 +56,8 @@ Mix fine-tunes of one model into a Mixture of Experts: one GGUF file that stock 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns its exit code: 0 done, 1 a check failed, 2 a mistake to mend, 130 interrupted."""
+    """Run one command. Returns its exit code: 0 done, 1 a check failed, 2 a mistake to mend; 130 at Ctrl-C, 143 at
+    SIGTERM, 141 where the reader of stdout left early, as in `| head -1`."""
     argv = list(sys.argv[1:] if argv is None else argv)
     _open_closed_streams()
     if "_ARGCOMPLETE" in os.environ:
@@ -63,27 +65,52 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows ?
     try:
-        parser = _parser(argv)
-        if not argv:
-            parser.print_help(sys.stderr)
-            return 2
-        args = parser.parse_args(argv)
-        code = args.run(args)
-        sys.stdout.flush()
-        return code
+        return _answer(argv)
+    except BrokenPipeError:
+        return 141
+    finally:
+        _drop_unwritten()
+
+
+def _answer(argv: Sequence[str]) -> int:
+    """Run one command, and say on stderr what it ended in. Raises BrokenPipeError."""
+    try:
+        with terminable():
+            return _run(argv)
     except UserError as error:
         _print_faults(*map(str, error.faults))
         return 2
+    except Terminated:
+        print("moegguf: terminated", file=sys.stderr)
+        return 143
     except KeyboardInterrupt:
         print("moegguf: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        with contextlib.suppress(OSError):  # keep the interpreter from flushing into the closed pipe at exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        raise
     except OSError as error:  # a path or a device that fails where nobody could know in advance
         _print_faults(f"{error.filename or 'input or output'}: {error.strerror or error}; check the path and the disk")
         return 2
+
+
+def _run(argv: Sequence[str]) -> int:
+    parser = _parser(argv)
+    if not argv:
+        parser.print_help(sys.stderr)
+        return 2
+    args = parser.parse_args(argv)
+    code = args.run(args)
+    sys.stdout.flush()
+    return code
+
+
+def _drop_unwritten() -> None:
+    """What stdout does not take any more goes nowhere, so that Python says nothing of it at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _open_closed_streams() -> None:
@@ -109,10 +136,20 @@ def _print_faults(*faults: str) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, with a wrong flag reported like any other mistake."""
+    """argparse, with a wrong flag reported like any other mistake, by the command that it was given to, and
+    help that cannot be written like any other output."""
+
+    def parse_known_args(self, args=None, namespace=None) -> tuple[argparse.Namespace, list[str]]:
+        parsed, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return parsed, unknown
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message, f"see `{self.prog} --help`")
+
+    def _print_message(self, message: str, file: TextIO | None = None) -> None:
+        print(message, end="", file=file, flush=True)
 
 
 def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:

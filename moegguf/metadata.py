@@ -115,6 +115,12 @@ class Card:
         """Whether the experts collapsed into one: gate-less and fine-grained."""
         return self.is_gateless and self.mixed.startswith("fine-grained")
 
+    def describe_mixed(self) -> str:
+        """What is mixed where, and where the rest is from, for people."""
+        layers = "all layers" if self.layers is None else f"layers {', '.join(map(str, self.layers))}"
+        trunk = {"base": "", "mean": "; trunk: the mean of all experts"}.get(self.trunk, f"; trunk: {self.trunk}'s")
+        return f"{self.mixed} in {layers}{trunk}"
+
     def describe_compact(self) -> str:
         """What was merged, for people; nothing where nothing was."""
         if self.compact is None:

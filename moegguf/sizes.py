@@ -12,6 +12,8 @@ _UNITS = {"": 1, "b": 1} | {
     for power, letter in enumerate("kmgt", 1)
 }
 
+_SHOWN = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
+
 
 def parse_size(text: str) -> int:
     """Bytes of a size such as 12GB, 800 MB, 7.5GiB or 4096. Raises UserError for anything else, and for none at all."""
@@ -23,7 +25,9 @@ def parse_size(text: str) -> int:
 
 
 def show_size(n_bytes: int, *, up: bool = False) -> str:
-    """In GB or MB, two decimals; `up` rounds up, for a size that is to be enough."""
-    unit, name = (10**9, "GB") if n_bytes >= 10**9 else (10**6, "MB")
+    """In GB, MB or kB with two decimals, or in bytes; `up` rounds up, for a size that is to be enough."""
+    unit, name = next(((unit, name) for unit, name in _SHOWN if n_bytes >= unit), (1, "B"))
+    if unit == 1:
+        return f"{n_bytes:.0f} B"
     hundredths = -(-100 * n_bytes // unit) if up else 100 * n_bytes / unit
     return f"{hundredths / 100:.2f} {name}"

@@ -130,7 +130,7 @@ class Source:
     expected: tuple[Expected, ...] = ()
     """Files whose digests are known, for a build to verify before it writes: that means reading them whole."""
     notes: tuple[str, ...] = ()
-    """What of this model does not get into a mix that has it as its base, in sentences."""
+    """What a mix that has it as its base takes from elsewhere, or does not take along, in sentences."""
 
     @property
     def arch(self) -> str:
@@ -155,6 +155,12 @@ class Source:
     @property
     def n_layer(self) -> int:
         return int(self.hparam("block_count"))
+
+    @property
+    def head_size(self) -> int:
+        """Numbers in a head of a query or key."""
+        n_embd, n_head = int(self.hparam("embedding_length")), largest(self.hparam("attention.head_count"))
+        return int(self.hparam("attention.key_length", n_embd // n_head))
 
 
 class Columns(NamedTuple):

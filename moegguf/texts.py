@@ -206,6 +206,22 @@ def resolve(ref: str, folder: Path) -> Path:
     return folder / os.path.expanduser(ref)  # noqa: PTH111 (pathlib raises for a ~user that there is not)
 
 
+def from_here(ref: str | None) -> str | None:
+    """`ref` for a recipe in whatever folder: a path that is there when seen from the working directory is that one."""
+    path = resolve(ref or "", Path())
+    return str(path.absolute()) if ref and path.exists() else ref
+
+
+def named_ref(spec: str, folder: Path = Path()) -> tuple[str, str]:
+    """(name, reference) of `NAME=REF` or `REF`, which has the name of its file, or of its demo domain."""
+    name, equals, ref = spec.partition("=")
+    if equals and not resolve(spec, folder).exists():
+        return name, ref
+    if spec.startswith("demo:"):
+        return spec.removeprefix("demo:").partition("#")[0].removesuffix("/heldout"), spec
+    return Path(spec).stem, spec
+
+
 def read_text(path: Path) -> str:
     """The file as UTF-8, without a byte order mark. Raises UserError."""
     try:

@@ -53,14 +53,14 @@ import moegguf
 from moegguf.allocation import Survey, allocate, survey
 from moegguf.assembly import Plan, build, open_mix, plan_build
 from moegguf.atomic import atomic_file
-from moegguf.calibration import CalibrationOptions, experts_of, plan_calibration, run_calibration
-from moegguf.compaction import CompactOptions, choose_merges
 from moegguf.demo import MEMBERS, MODELS
 from moegguf.demo.text import DOMAINS
-from moegguf.divergences import KeptReference, chunk_length, keep_reference, sequences_of
 from moegguf.drift import measure_drift
 from moegguf.errors import UserError
 from moegguf.gguf_header import read_header
+from moegguf.jobs.calibration import CalibrationOptions, experts_of, plan_calibration, run_calibration
+from moegguf.jobs.compaction import CompactOptions, choose_merges
+from moegguf.jobs.divergences import KeptReference, chunk_length, keep_reference, sequences_of
 from moegguf.measurement.plots import curves, require
 from moegguf.quant.imatrix import write_calibration
 from moegguf.quant.neurons import Compaction

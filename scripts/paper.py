@@ -61,7 +61,7 @@ from moegguf.atomic import atomic_file
 from moegguf.demo import MODELS
 from moegguf.demo.text import DOMAINS, examples
 from moegguf.errors import UserError
-from moegguf.fitting import FitOptions, fit_from_recipe
+from moegguf.jobs.fitting import FitOptions, fit_from_recipe
 from moegguf.measurement.plots import bar_chart, require
 from moegguf.measurement.routing import Load, total
 from moegguf.recipe import Recipe, parse_recipe
@@ -502,7 +502,7 @@ def measure(setup: Setup, row: Row, table: Mapping[str, object]) -> dict[str, li
 
 
 def measure_in_torch(setup: Setup, recipe: Recipe) -> dict[str, list]:
-    from moegguf.torch_engine import open_engine
+    from moegguf.jobs.torch_engine import open_engine
 
     engine = open_engine(recipe, open_mix(recipe), threads=setup.threads)
     return right_answers(engine.score, in_tokens(engine, setup.questions))
@@ -553,10 +553,10 @@ def train_router(setup: Setup, recipe: Recipe, row: Row) -> Router:
     """The router of `recipe` after training on questions of every domain, as `row` says."""
     import torch
 
+    from moegguf.jobs.torch_engine import vocab_of
     from moegguf.reference.examples import Example
     from moegguf.reference.model import ReferenceModel
     from moegguf.reference.train import Checkpoints, Settings, Variant, train
-    from moegguf.torch_engine import vocab_of
 
     torch.set_num_threads(setup.threads)
     mix = open_mix(recipe)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import os
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -45,6 +46,26 @@ def _say_nothing(level, text, data):
 def silence():
     """Keep llama.cpp's log out of the test report."""
     llama_cpp.llama_log_set(_say_nothing, None)
+
+
+class Heard:
+    """A watch that remembers: `parts` is step → [those that it has, those that were done]."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, list[int]] = {}
+
+    @contextmanager
+    def __call__(self, what: str, unit: str) -> Iterator[Heard]:
+        self._now = self.parts[what] = [0, 0]
+        yield self
+
+    def has(self, n_parts: int) -> None:
+        self._now[0] = n_parts
+
+    def did(self, n_parts: int) -> None:
+        self._now[1] += n_parts
+
+    def says(self, what: str) -> None: ...
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from inspect import ismodule
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,7 @@ def test_a_router_of_a_recipe_is_fitted(tmp_path):
         return unwatched(what, unit)
 
     path = moegguf.build(table, output=tmp_path / "mix.gguf", watch=watch).plan.path
-    assert heard == ["fitting the router"]
+    assert heard[-2:] == ["fitting the router", "writing"]
     assert moegguf.inspect(path).card.router == "ridge"
 
 
@@ -81,6 +82,22 @@ def test_mistakes_are_user_errors_that_say_how_to_mend_them(demo, tmp_path):
         moegguf.build("demo", output=demo)
     with pytest.raises(moegguf.UserError, match="poetry"):
         moegguf.build("poetry")
+    for call in (
+        lambda: moegguf.build(5),
+        lambda: moegguf.build({"base": 5, "experts": 5}),
+        lambda: moegguf.build("demo", output=5),
+        lambda: moegguf.build("demo", recipes=5),
+        lambda: moegguf.build("demo", threads="two", output=tmp_path / "m.gguf"),
+        lambda: moegguf.build("demo", fit=5, output=tmp_path / "m.gguf"),
+        lambda: moegguf.build("demo", fit="RAM=1GB", quant={"budget": "1GB"}, output=tmp_path / "m.gguf"),
+        lambda: moegguf.build("demo", save_plan=tmp_path / "plan.json", output=tmp_path / "m.gguf"),
+        lambda: moegguf.build("demo", outptu="m.gguf"),
+        lambda: moegguf.inspect(5),
+        lambda: moegguf.check(None),
+    ):
+        with pytest.raises(moegguf.UserError):
+            call()
+    assert not any(tmp_path.iterdir())
     with pytest.raises(moegguf.UserError, match=r"no setting 'temperature'.*temp"):
         moegguf.open(demo, temperature=0)
     with pytest.raises(moegguf.UserError, match="temp is 'hot'"):
@@ -94,7 +111,7 @@ def test_mistakes_are_user_errors_that_say_how_to_mend_them(demo, tmp_path):
 def test_import_loads_nothing_and_type_checkers_see_every_name():
     loaded = "import sys, moegguf; print(sorted({'numpy', 'gguf', 'llama_cpp'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True).stdout == "[]\n"
-    assert all(callable(getattr(moegguf, name)) for name in moegguf.__all__)
+    assert all(callable(found) or ismodule(found) for found in (getattr(moegguf, name) for name in moegguf.__all__))
 
 
 def test_everything_that_is_offered_is_there():

@@ -1,8 +1,7 @@
 """A build that ends early, however it ends, leaves the folder as it was, or with a file that the next build removes.
 
-Builds run as the command line in a process of their own. `strike` makes such a process send itself a signal when
-it calls a given function for the n-th time, so that it is hit at a known point: in the middle of the tensors, before
-the data is safe on the disk, before and after the rename.
+Builds run as the command line in a process of their own and are hit at known points (`striking`): in the middle of
+the tensors, before the data is safe on the disk, before and after the rename.
 """
 
 from __future__ import annotations
@@ -18,32 +17,10 @@ import pytest
 
 from conftest import Family, build_mix
 from moegguf import atomic
-from moegguf.atomic import atomic_file, remove_stale
+from moegguf.atomic import atomic_file, remove_stale, scratch_folder
 from moegguf.errors import UserError
+from striking import CHUNK, NEVER, strike
 
-STRIKE = """
-import importlib, itertools, os, signal, sys
-from moegguf import atomic, cli
-
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-
-number, place, nth, nameless, *argv = sys.argv[1:]
-module, _, name = place.rpartition(".")
-module = importlib.import_module(module)
-original, calls = getattr(module, name), itertools.count()
-
-def strike(*args, **kwargs):
-    if next(calls) == int(nth):
-        os.kill(os.getpid(), int(number))
-    return original(*args, **kwargs)
-
-setattr(module, name, strike)
-if nameless == "False":
-    atomic._open_nameless = lambda folder: None  # as on a file system without O_TMPFILE
-sys.exit(cli.main(argv))
-"""
-CHUNK = "moegguf.quant.ggml.is_valid"
-"""Called once for every finished chunk of rows."""
 WHILE_WRITING = [(CHUNK, 0), (CHUNK, 11), (CHUNK, 30), ("os.fsync", 0)]
 AT_THE_END = [("os.replace", 0), ("os.fsync", 1)]
 SIZE_LIMIT = 100_000
@@ -63,12 +40,6 @@ def finished(models: Family, tmp_path_factory) -> bytes:
 def command(models: Family, target: Path, *flags: str) -> list[str]:
     experts = [word for i, path in enumerate(models.experts) for word in ("--expert", f"e{i}={path}")]
     return ["build", "--base", str(models.base), *experts, "--quant", "F32", "-o", str(target), *flags]
-
-
-def strike(number: int, point: tuple[str, int], argv: list[str], *, nameless: bool) -> subprocess.CompletedProcess:
-    place, nth = point
-    arguments = [str(int(number)), place, str(nth), str(nameless), *argv]
-    return subprocess.run([sys.executable, "-c", STRIKE, *arguments], capture_output=True, text=True, timeout=60)
 
 
 def names(folder: Path) -> list[str]:
@@ -117,12 +88,19 @@ def test_the_named_way_writes_the_same_file(models: Family, finished: bytes, tmp
 
 
 @pytest.mark.parametrize(
-    ("point", "nameless"), [((CHUNK, 11), True), ((CHUNK, 11), False), (("os.fsync", 0), False)], ids=str
+    ("number", "point", "nameless"),
+    [
+        (signal.SIGINT, (CHUNK, 11), True),
+        (signal.SIGINT, (CHUNK, 11), False),
+        (signal.SIGINT, ("os.fsync", 0), False),
+        (signal.SIGTERM, (CHUNK, 11), False),
+    ],
+    ids=str,
 )
-def test_an_interrupt_leaves_nothing_behind_and_exits_with_130(point, nameless: bool, models: Family, tmp_path: Path):
-    stopped = strike(signal.SIGINT, point, command(models, tmp_path / "mix.gguf"), nameless=nameless)
-    assert stopped.returncode == 130
-    assert "Traceback" not in stopped.stderr
+def test_ctrl_c_and_sigterm_leave_nothing_behind(number, point, nameless: bool, models: Family, tmp_path: Path):
+    stopped = strike(number, point, command(models, tmp_path / "mix.gguf"), nameless=nameless)
+    assert stopped.returncode == 128 + number
+    assert stopped.stderr == ("moegguf: interrupted\n" if number == signal.SIGINT else "moegguf: terminated\n")
     assert names(tmp_path) == []
 
 
@@ -138,11 +116,8 @@ def test_a_failing_write_is_a_user_error_and_leaves_the_old_file(
     assert len(finished) > 2 * SIZE_LIMIT
     target = tmp_path / "mix.gguf"
     target.write_bytes(b"old")
-    arguments = ["0", CHUNK, "-1", str(nameless), *command(models, target, "--force")]
-    failed = subprocess.run(
-        [sys.executable, "-c", STRIKE, *arguments],
-        capture_output=True, text=True, timeout=60, preexec_fn=limit_file_size,
-    )  # fmt: skip
+    argv = command(models, target, "--force")
+    failed = strike(0, NEVER, argv, nameless=nameless, preexec_fn=limit_file_size)
     assert failed.returncode == 2
     assert failed.stderr.startswith(f"moegguf: error: {target}: cannot be written (")
     assert failed.stderr.count("\n") == 1
@@ -204,6 +179,33 @@ def test_a_stale_file_whose_process_id_is_ours_now_is_removed(nameless: bool, tm
     write(tmp_path / "file", b"new")
     assert names(tmp_path) == ["file"]
     assert (tmp_path / "file").read_bytes() == b"new"
+
+
+def test_a_scratch_folder_that_a_killed_process_left_is_removed_by_the_next_one(tmp_path: Path):
+    """Those of processes that still run stay, and what only looks alike; one that began later has the same number."""
+    script = f"""
+import os, pathlib, signal
+from moegguf.atomic import scratch_folder
+with scratch_folder(pathlib.Path({str(tmp_path)!r}), ".fit") as folder:
+    (folder / "model").write_bytes(b"weights")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -signal.SIGKILL
+    (killed,) = tmp_path.iterdir()
+    kept = [f".fit.{os.getppid()}.a", f".fit.{os.getpid()}.b", ".fit.x.c", ".fitting.99999999.d"]
+    earlier = tmp_path / f".fit.{os.getpid()}.e"
+    for folder in (*(tmp_path / name for name in kept), earlier):
+        folder.mkdir()
+    os.utime(earlier, (0, 0))
+    with scratch_folder(tmp_path, ".fit") as folder:
+        assert names(tmp_path) == sorted([*kept, folder.name])
+        assert killed != folder
+    assert names(tmp_path) == sorted(kept)
+
+
+def test_a_scratch_folder_where_there_can_be_none_is_a_user_error(tmp_path: Path):
+    with pytest.raises(UserError, match="cannot be written"), scratch_folder(tmp_path / "absent", ".fit"):
+        pass
 
 
 def test_a_folder_that_does_not_exist_is_a_user_error(tmp_path: Path):

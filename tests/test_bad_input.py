@@ -823,7 +823,7 @@ def test_permissions_that_lack_are_one_line(what, forbidden, capsys):
 def test_too_little_disk_is_known_before_the_first_byte(family, output, refused, monkeypatch):
     base = family(KIND).base
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
-    refused("build", *sources(base, base), "-o", output, says=(output.parent, "MB are free", "the mix needs"))
+    refused("build", *sources(base, base), "-o", output, says=(output.parent, "1.00 kB are free", "the mix needs"))
 
 
 def test_a_disk_that_is_full_before_the_end_leaves_nothing(family, tmp_path):
@@ -848,7 +848,7 @@ def test_a_full_file_system_is_known_before_the_first_byte(family, tmp_path, ref
         pytest.skip("cannot mount a file system")
     try:
         base = family(KIND).base
-        refused("build", *sources(base, base), "-o", small / "mix.gguf", says=(small, "0.07 MB are free"))
+        refused("build", *sources(base, base), "-o", small / "mix.gguf", says=(small, "65.54 kB are free"))
     finally:
         subprocess.run(["umount", small], check=True)
 
@@ -955,7 +955,7 @@ def test_a_gguf_that_is_no_mix_is_inspected_and_said_to_be_none(tmp_path, capsys
     report = json.loads(capsys.readouterr().out)
     assert report["is_mix"] is False
     assert report["card"] is None
-    assert report["arch"] == "llama"
+    assert report["architecture"] == "llama"
 
 
 def test_text_of_a_file_cannot_steer_the_terminal(tmp_path, capsys, refused):

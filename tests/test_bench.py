@@ -88,6 +88,16 @@ def test_lengths_that_nobody_asked_for_fit_into_the_smallest_context(mixes, tmp_
         assert [rate["n_tokens"] for rate in each["generations"]] == [32, 48]
 
 
+def test_what_is_saved_is_what_is_printed_and_is_replaced_by_word_only(mixes, tmp_path, capsys):
+    saved = tmp_path / "speeds.json"
+    found = run(capsys, mixes["fused"], "--save", saved)
+    assert json.loads(saved.read_text()) == found
+    before = saved.read_bytes()
+    assert main(["bench", str(mixes["fused"]), *FLAGS, "--save", str(saved)]) == 2
+    assert "exists already" in capsys.readouterr().err and saved.read_bytes() == before
+    assert run(capsys, mixes["fused"], "--save", saved, "--force") == json.loads(saved.read_text()) != found
+
+
 @pytest.mark.parametrize(("flags", "reason"), [
     (("--prompt", "many"), "--prompt many: expected numbers of tokens"),
     (("--prompt", "-5"), "--prompt"),

@@ -15,21 +15,21 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 
 from conftest import Family, make_recipe, read_metadata, read_tensors
-from moegguf import probing
 from moegguf.allocation import Survey, allocate, expert_errors, precisions, survey
 from moegguf.assembly import build, plan_build
 from moegguf.cli import main
-from moegguf.divergences import chunk_length, compare, sequences_of
 from moegguf.errors import UserError
 from moegguf.estimate import Fit, largest_file, memory_to_run
 from moegguf.gguf_header import read_header
+from moegguf.jobs import probing
+from moegguf.jobs.divergences import chunk_length, compare, sequences_of
 from moegguf.quant import ggml
 from moegguf.quant.budget import Option, choose, smallest, total_bytes, total_loss
 from moegguf.quant.sensitivity import measure
 from moegguf.quant.type_plan import read_type_plan, write_type_plan
 from moegguf.recipe import Budget, find_recipes_file, load_recipe
 from moegguf.runtime.footprint import compute_bytes
-from moegguf.sizes import parse_size
+from moegguf.sizes import parse_size, show_size
 from moegguf.texts import read_domains
 
 TYPES = tuple(Type)
@@ -419,7 +419,7 @@ def test_a_build_of_two_precisions_says_what_each_expert_loses(tmp_path: Path, c
     (("--budget", "3MB", "--fit", "RAM=4GB"), "both set the size"),
     (("--fit", "16GB"), "--fit 16GB: expected RAM=SIZE[,VRAM=SIZE]"),
     (("--fit", "RAM=1MB"), "leaves nothing for the file"),
-    (("--fit", "RAM=9MB", "--ctx", "0"), "--ctx 0: expected at least 1 token"),
+    (("--fit", "RAM=9MB", "--ctx", "0"), "--ctx 0: expected a whole number from 1"),
     (("--ctx", "9"), "--ctx goes with --fit"),
     (("--save-plan", "p.json"), "--save-plan goes with --budget"),
     (("--plan", "none.json"), "none.json: cannot be read"),
@@ -441,6 +441,14 @@ def test_a_mistake_is_one_line_and_writes_nothing(flags, reason: str, tmp_path: 
 ])  # fmt: skip
 def test_sizes_are_decimal_or_binary_as_their_unit_says(text: str, n_bytes: int):
     assert parse_size(text) == n_bytes
+
+
+@pytest.mark.parametrize(("n_bytes", "shown", "enough"), [
+    (0, "0 B", "0 B"), (999, "999 B", "999 B"), (4096, "4.10 kB", "4.10 kB"), (65_541, "65.54 kB", "65.55 kB"),
+    (4_999, "5.00 kB", "5.00 kB"), (1_500_001, "1.50 MB", "1.51 MB"), (12 * 10**9, "12.00 GB", "12.00 GB"),
+])  # fmt: skip
+def test_sizes_are_shown_in_the_unit_that_fits(n_bytes: int, shown: str, enough: str):
+    assert (show_size(n_bytes), show_size(n_bytes, up=True)) == (shown, enough)
 
 
 def test_the_smallest_size_that_an_error_names_is_enough(demo_survey: Survey):

@@ -11,20 +11,24 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 
-from conftest import build_dense, build_mix, logits, make_recipe
-from moegguf.assembly import plan_build
-from moegguf.calibration import (
+import moegguf
+from conftest import build_dense, build_mix, make_recipe
+from moegguf.assembly import build, plan_build
+from moegguf.cli import main
+from moegguf.demo.text import DOMAINS
+from moegguf.gguf_header import read_header
+from moegguf.jobs.calibration import (
     CalibrationOptions,
     experts_of,
     plan_calibration,
     run_calibration,
     unreached,
 )
-from moegguf.cli import main
-from moegguf.gguf_header import read_header
 from moegguf.mix import FFN_ROLES
 from moegguf.quant.imatrix import Calibration, read_calibration, read_imatrix
+from moegguf.recipe import find_recipes_file, load_recipe
 from moegguf.runtime import tap
+from moegguf.runtime.batch import logits as batched_logits
 from moegguf.runtime.inputs import InputSquares
 from moegguf.runtime.model import RunOptions, open_model
 from moegguf.runtime.nodes import name_of
@@ -276,6 +280,51 @@ def test_an_expert_alone_has_the_file_of_the_dense_model_in_the_bases_trunk(mode
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense.gguf", "expert.gguf", "i.gguf"]
 
 
+def test_python_calibrates_as_the_command_does(gateless, tmp_path: Path, capsys):
+    mix = gateless["shared"]
+    flags = ["--text", f"text={TEXT}", "--chunk", "64", "--max-tokens", "64", "--threads", "1"]
+    for name in ("1", "2"):
+        (tmp_path / name).mkdir()
+    mine, theirs = (tmp_path / name / "imatrix.gguf" for name in ("1", "2"))
+    split = ["--split", str(mine.parent / "experts"), "--json"]
+    assert main(["calibrate", str(mix), *flags, "-o", str(mine), *split]) == 0
+    report = json.loads(capsys.readouterr().out)
+    done = moegguf.calibrate(
+        mix, text={"text": TEXT}, chunk=64, max_tokens=64, threads=1, output=theirs, split=theirs.parent / "experts"
+    )
+    for path in (theirs, *done.split):
+        assert path.read_bytes() == (mine.parent / path.relative_to(theirs.parent)).read_bytes()
+    assert report.pop("seconds") > 0
+    assert report == json.loads(json.dumps(done.as_json()).replace(str(theirs.parent), str(mine.parent)))
+    assert (report["matrices"][0]["tokens"], report["notes"]) == ({"text": 64}, [])
+    assert [Path(file).stem for file in report["split"]] == ["e0", "e1", "e2"]
+    again = moegguf.calibrate(mix, text={"text": TEXT}, chunk=64, max_tokens=64, output=theirs)
+    assert again.matrices[0].n_run == 0
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"model": 5},
+        {"text": 5},
+        {"text": {}},
+        {"chunk": "large"},
+        {"chunk": 1},
+        {"max_tokens": 0},
+        {"threads": "all"},
+        {"base": "demo:base"},
+        {"model": "demo:math", "base": 5},
+        {"pre": "qwen2"},
+    ],
+)
+def test_values_of_the_wrong_kind_are_users_mistakes(gateless, tmp_path: Path, given):
+    call = {"model": gateless["fused"], "text": {"text": TEXT}, "output": tmp_path / "i.gguf"} | given
+    with pytest.raises(moegguf.UserError):
+        moegguf.calibrate(**call)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("router", ["gateless", "noisy"])
 def test_a_recipe_gives_a_file_for_each_expert_from_the_text_that_reaches_it(router, models, tmp_path: Path, capsys):
     texts = {name: tmp_path / f"{name}.txt" for name in ("e0", "e1")}
@@ -359,14 +408,18 @@ def test_text_added_later_and_more_of_a_text_make_the_file_of_one_go(mix: Path, 
 # ---------------------------------------------------------------------------------------------- quality
 
 
+def build_demo(path: Path, quant: str, **table) -> None:
+    recipe = load_recipe("demo", find_recipes_file(), {"quant": quant, "output": str(path), **table})
+    build(plan_build(recipe), threads=1)
+
+
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory) -> tuple[Path, Path]:
     """The demo mix in F16, and its imatrix."""
     folder = tmp_path_factory.mktemp("demo")
     precise, imatrix = folder / "f16.gguf", folder / "imatrix.gguf"
-    assert main(["build", "demo", "--quant", "F16", "-o", str(precise), "--threads", "1"]) == 0
-    domains = ("general", "math", "clinic", "strings")
-    texts = {name: read_records(f"demo:{name}#60") for name in domains}
+    build_demo(precise, "F16")
+    texts = {name: read_records(f"demo:{name}#20") for name in DOMAINS}
     calibrate(precise, imatrix, texts, chunk=256)
     return precise, imatrix
 
@@ -375,16 +428,20 @@ def test_an_imatrix_brings_a_build_at_two_bits_closer_to_the_original(demo, tmp_
     precise, imatrix = demo
     tokens = [
         open_vocab(precise).tokenize(f"<|user|>{chat.messages[0].content}<|assistant|>{chat.messages[1].content}")[:60]
-        for name in ("general", "math", "clinic", "strings")
+        for name in DOMAINS
         for chat in read_records(f"demo:{name}/heldout#6")
     ]
-    divergence = {}
-    for flags in ((), ("--imatrix", str(imatrix))):
-        path = tmp_path / f"{len(flags)}.gguf"
-        assert main(["build", "demo", "--quant", "Q2_K", "-o", str(path), "--threads", "1", *flags]) == 0
-        divergence[bool(flags)] = np.mean([kld(logits(precise, text), logits(path, text)) for text in tokens])
-    print(divergence)
-    assert divergence[True] < 0.85 * divergence[False]
+    build_demo(tmp_path / "without.gguf", "Q2_K")
+    build_demo(tmp_path / "with.gguf", "Q2_K", imatrix=str(imatrix))
+    expected = logits(precise, tokens)
+    without, better = (kld(expected, logits(tmp_path / name, tokens)) for name in ("without.gguf", "with.gguf"))
+    assert better < 0.85 * without
+
+
+def logits(path: Path, texts: Sequence[Sequence[int]]) -> np.ndarray:
+    """Of all tokens of `texts` that another one follows."""
+    with open_model(path, EXACT) as model:
+        return np.concatenate([batch.copy() for batch in batched_logits(model, texts)])
 
 
 def kld(p: np.ndarray, q: np.ndarray) -> float:

@@ -11,6 +11,7 @@ from moegguf.demo.text import CHAT_TEMPLATE
 from moegguf.exporting.chat_form import recognise
 from moegguf.exporting.ollama import Modelfile
 from moegguf.runtime.template import PLAIN, ChatTemplate
+from moegguf.sources.go_to_jinja import to_jinja
 
 BOS, EOS = "<s>", "</s>"
 ALTERNATE = (
@@ -91,6 +92,16 @@ def test_a_conversation_reads_alike_in_go_and_in_jinja(name: str):
     jinja, go = ChatTemplate(TEMPLATES[name], BOS, EOS), go_template(TEMPLATES[name])
     for messages in CONVERSATIONS:
         assert render(go, messages) == jinja.prompt(messages)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_template_comes_back_from_ollama_as_it_went_there(name: str):
+    there, back = (
+        ChatTemplate(TEMPLATES[name], BOS, EOS),
+        ChatTemplate(to_jinja(go_template(TEMPLATES[name])), BOS, EOS),
+    )
+    for messages in CONVERSATIONS:
+        assert back.prompt(messages) == there.prompt(messages)
 
 
 @pytest.mark.parametrize("name", OTHERS)

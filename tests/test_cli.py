@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+import moegguf
 from conftest import read_metadata, read_tensors
 from moegguf import __version__
 from moegguf.cli import COMMANDS, main
@@ -111,7 +115,8 @@ def test_the_version_is_the_packages(capsys):
 
 FLAGS = {
     "unknown command": (["biuld"], "'biuld'", "build"),
-    "unknown flag": (["build", "demo", "--fast"], "--fast", "moegguf --help"),
+    "unknown flag": (["build", "demo", "--fast"], "--fast", "see `moegguf build --help`"),
+    "unknown flag of a command of a command": (["route", "fit", "--fast"], "--fast", "see `moegguf route fit --help`"),
     "unknown flag of recipes": (["recipes", "demo"], "demo", "--help"),
     "no file": (["inspect"], "file", "moegguf inspect --help"),
     "k in words": (["build", "demo", "--k", "two"], "--k", "'two'"),
@@ -221,15 +226,60 @@ def test_bytes_of_a_name_that_are_no_text_are_escaped_in_the_line(tmp_path):
     assert done.stderr.count(b"\n") == 1
 
 
-@pytest.mark.parametrize("argv", [["recipes"], ["recipes", "--json"]], ids=" ".join)
-def test_a_reader_that_leaves_early_is_no_mistake(argv):
+def unread(*argv: object) -> tuple[int, bytes]:
+    """Exit code and stderr of a command whose stdout nobody reads."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "moegguf", *argv], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-m", "moegguf", *map(str, argv)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     process.stdout.close()
-    assert process.stderr.read() == b""
-    process.stderr.close()
-    assert process.wait() not in (0, 2)
+    with process.stderr:
+        return process.wait(), process.stderr.read()
+
+
+@pytest.mark.parametrize("argv", [["recipes"], ["recipes", "--json"], ["--help"], ["build", "--help"]], ids=" ".join)
+def test_a_reader_that_leaves_early_is_no_mistake(argv):
+    assert unread(*argv) == (141, b"")
+
+
+def test_in_a_pipe_nothing_is_wrapped_cut_or_padded(build, capsys):
+    path = build(name="x" * 200)
+    written = capsys.readouterr().out
+    assert main(["inspect", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert (written.count(str(path)), out.count(str(path))) == (3, 1)
+    assert not any(line.endswith(" ") for line in written.splitlines())
+    assert not any(line.endswith(" ") for line in out.splitlines())
+
+
+def test_a_build_whose_reader_leaves_early_writes_its_file_all_the_same(build, family, tmp_path):
+    path, base = tmp_path / "unread.gguf", family(KIND).base
+    flags = ["--base", base, "--expert", f"a={base}", "--quant", "Q8_0"]
+    assert unread("build", *flags, "-o", path) == (141, b"")
+    assert main(["build", *map(str, flags), "-o", str(tmp_path / "read.gguf")]) == 0
+    assert read_tensors(path) == read_tensors(tmp_path / "read.gguf")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no such signal there")
+def test_sigterm_ends_a_chat_that_waits(build):
+    import pty
+
+    terminal, stdin = pty.openpty()
+    argv = [sys.executable, "-m", "moegguf", "chat", str(build("--quant", "F32")), "--threads", "1"]
+    process = subprocess.Popen(argv, cwd=ROOT, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        while process.stdout.read(1) not in (b">", b""):  # it asks
+            pass
+        while process.poll() is None:  # one that comes just before it waits for a line is heard with the next
+            time.sleep(0.2)
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(5)
+        err = process.stderr.read()
+    finally:
+        process.kill()
+        os.close(terminal)
+        os.close(stdin)
+    assert (process.returncode, err) == (143, b"moegguf: terminated\n")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="shells there close no streams")
@@ -330,6 +380,31 @@ def test_a_dry_run_says_it_all_and_writes_nothing(family, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("flags", [[], ["--dry-run"]], ids=str)
+def test_the_json_of_build_agrees_with_the_file_and_with_python(flags, family, tmp_path, capsys):
+    base, path = family(KIND).base, tmp_path / "m.gguf"
+    argv = ["build", "--base", str(base), "--expert", f"x={family(KIND).experts[0]}", "--quant", "Q4_0", *flags]
+    assert main([*argv, "-o", str(path), "--json"]) == 0
+    out, err = capsys.readouterr()
+    said = json.loads(out)
+    assert err == ""
+    assert (said["file"], said["written"], said["layout"], said["architecture"]) == (
+        str(path), not flags, "mixtral", "llama",
+    )  # fmt: skip
+    assert [
+        (each["name"], each["source"], each["weight"], sum(each["types"].values())) for each in said["experts"]
+    ] == [("x", "e1", 1.0, 6)]
+    if not flags:
+        assert said["bytes"] == path.stat().st_size
+        assert said["requantised"]["weights"] == 0
+    table = {"base": base, "experts": [{"name": "x", "source": str(family(KIND).experts[0])}]}
+    report = moegguf.build(table, quant="Q4_0", output=tmp_path / "same.gguf", dry_run=bool(flags))
+    assert report.plan.n_bytes == said["bytes"] == (report.built.n_bytes if report.built else said["bytes"])
+    assert report.memory.total == said["memory"]["total"]
+    assert list(report.notes) == said["notes"]
+    assert (tmp_path / "same.gguf").exists() == path.exists() == (not flags)
+
+
 def test_force_replaces_the_file(build):
     first = build("--quant", "F16").read_bytes()
     second = build("--quant", "Q8_0", "--force").read_bytes()
@@ -421,7 +496,7 @@ def test_the_json_of_inspect_agrees_with_the_file(flags, build, capsys):
     capsys.readouterr()
     assert main(["inspect", str(path), "--json", *flags]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["path"] == str(path)
-    assert report["n_bytes"] == path.stat().st_size
+    assert report["file"] == str(path)
+    assert report["bytes"] == path.stat().st_size
     assert report["n_expert"] == read_metadata(path, "llama.expert_count")["llama.expert_count"] == 3
     assert ("faults" in report) == bool(flags)

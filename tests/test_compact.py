@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from conftest import CLOSE, build_mix, distance, logits, make_recipe, read_metadata, read_tensors, rewrite
-from moegguf import compaction, drift
+from moegguf import drift
 from moegguf.assembly import build, plan_build
 from moegguf.cli import main
-from moegguf.compaction import CompactOptions, choose_merges
 from moegguf.drift import measure_drift
 from moegguf.errors import UserError
 from moegguf.inspection import check
+from moegguf.jobs import compaction
+from moegguf.jobs.compaction import CompactOptions, choose_merges
 from moegguf.layouts import lay_out
 from moegguf.quant import neurons
 from moegguf.quant.imatrix import Imatrix, with_importance

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import moegguf
 import tiny_models
 from conftest import CLOSE, Family, build_dense, build_mix, distance, logits, read_metadata, read_tensors, rewrite
 from moegguf import writer
@@ -29,6 +30,7 @@ from moegguf.journal import held, journal_of
 from moegguf.metadata import SPARE, CompactCard, SplitCard
 from moegguf.routers.file import write_router
 from peft_adapters import write_adapter
+from striking import CHUNK, strike
 from test_oracle import importances, write_imatrix
 from test_routers import a_router, refuse
 
@@ -233,6 +235,16 @@ def test_an_error_in_the_midst_of_a_swap_puts_everything_back_at_once(error, mod
     assert [path.name for path in tmp_path.iterdir()] == ["mix.gguf"]
 
 
+@pytest.mark.parametrize("point", [(CHUNK, 0), ("os.fsync", 2)], ids=str)
+def test_sigterm_in_the_midst_of_a_swap_puts_everything_back_at_once(point, models, newcomer, tmp_path: Path):
+    mix = built(tmp_path / "mix.gguf", models)
+    before = mix.read_bytes()
+    stopped = strike(signal.SIGTERM, point, ["swap", mix, f"e0={newcomer}", "--in-place", "--threads", "1"])
+    assert (stopped.returncode, stopped.stdout, stopped.stderr) == (143, "", "moegguf: terminated\n")
+    assert mix.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["mix.gguf"]
+
+
 def test_ctrl_c_while_a_thread_starts_leaves_none_that_writes_on(models, newcomer, tmp_path: Path, monkeypatch):
     mix = built(tmp_path / "mix.gguf", models)
     before, start, make_rows = mix.read_bytes(), threading.Thread.start, writer.make_rows
@@ -319,7 +331,8 @@ def test_recovering_says_whether_there_was_anything_to_undo(models, tmp_path: Pa
     mix = built(tmp_path / "mix.gguf", models)
     capsys.readouterr()
     assert main(["set", str(mix), "--recover", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"file": str(mix), "undone": False}
+    said = json.loads(capsys.readouterr().out)
+    assert (said["file"], said["undone"], said["bytes_written"]) == (str(mix), False, 0)
     (tmp_path / "empty.gguf").touch()
     assert "0 bytes are too few" in refuse(capsys, "set", tmp_path / "empty.gguf", "--recover")
 
@@ -540,3 +553,65 @@ def test_experts_that_share_blocks_cannot_be_told_apart(family, tmp_path: Path, 
     assert "experts of 352 columns share blocks of 256" in refuse(
         capsys, "swap", mix, f"e1={models.base}", "--in-place"
     )
+
+
+# --- from Python ---
+
+
+def test_functions_write_what_the_commands_write(models, newcomer, tmp_path: Path, capfd):
+    mix = built(tmp_path / "mix.gguf", models, router=NOISY)
+    calls = {
+        "swap": (({"e0": newcomer},), [f"e0={newcomer}"]),
+        "add": (({"e3": newcomer},), [f"e3={newcomer}"]),
+        "drop": ((["e1"],), ["e1"]),
+    }
+    for name, (given, argv) in calls.items():
+        output, other = tmp_path / f"{name}.gguf", tmp_path / f"{name}-too.gguf"
+        made = getattr(moegguf, name)(mix, *given, output=output, threads=1)
+        assert capfd.readouterr() == ("", "")
+        assert main([name, str(mix), *argv, "-o", str(other), "--threads", "1", "--json"]) == 0
+        said = json.loads(capfd.readouterr().out)
+        assert output.read_bytes() == other.read_bytes()
+        assert (made.path, made.in_place, made.n_bytes) == (output, False, output.stat().st_size)
+        assert (said["bytes"], said["notes"]) == (made.n_bytes, list(made.notes))
+        assert [each["name"] for each in said["experts"]] == [expert.name for expert in made.card.experts]
+
+
+def test_a_function_changes_in_place_where_there_is_no_output(models, newcomer, tmp_path: Path):
+    mix, fresh = built(tmp_path / "mix.gguf", models), built(tmp_path / "fresh.gguf", models, swapped={"e0": newcomer})
+    made = moegguf.swap(mix, {"e0": str(newcomer)}, threads=1)
+    assert made.in_place and made.path == mix and not made.is_undone
+    assert mix.read_bytes() == fresh.read_bytes()
+    changed = moegguf.set(mix, name="other", author="me")
+    assert changed.card.name == read_metadata(mix)["general.name"] == "other"
+    journal_of(mix).write_bytes(b"moegguf-journal-1")
+    assert moegguf.set(mix, recover=True).is_undone
+    assert not moegguf.set(mix, recover=True).is_undone
+
+
+def test_values_of_the_wrong_kind_are_user_errors(models, tmp_path: Path):
+    mix = built(tmp_path / "mix.gguf", models)
+    before = mix.read_bytes()
+    for call in (
+        lambda: moegguf.swap(mix, 5),
+        lambda: moegguf.swap(mix, {"e0": 5}),
+        lambda: moegguf.swap(mix, {"e0": ["a", "b"]}),
+        lambda: moegguf.swap(mix, {}),
+        lambda: moegguf.swap(5, {"e0": mix}),
+        lambda: moegguf.swap(mix, {"e0": models.base}, threads=0),
+        lambda: moegguf.add(mix, {"e3": models.base}, output=None),
+        lambda: moegguf.drop(mix, 5, output=tmp_path / "out.gguf"),
+        lambda: moegguf.drop(mix, ["e0"], output=mix),
+        lambda: moegguf.prune(mix, output=tmp_path / "out.gguf"),
+        lambda: moegguf.prune(mix, output=tmp_path / "out.gguf", keep="two", text=[]),
+        lambda: moegguf.prune(mix, output=tmp_path / "out.gguf", keep=1, text=5),
+        lambda: moegguf.set(mix, name=5),
+        lambda: moegguf.set(mix, k="two"),
+        lambda: moegguf.set(mix),
+        lambda: moegguf.split(mix, None),
+        lambda: moegguf.merge(mix, output=5),
+    ):
+        with pytest.raises(UserError):
+            call()
+    assert mix.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["mix.gguf"]

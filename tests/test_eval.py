@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conftest import build_dense, logits
+import moegguf
+from conftest import Heard, build_dense, logits
 from moegguf.cli import main
 from moegguf.demo import MEMBERS, MODELS, folder
 from moegguf.demo.text import examples
@@ -25,6 +26,7 @@ from moegguf.measurement.results import Figure, Mean, figure, mean, wilson
 from moegguf.measurement.scores import Answered, Weighed, windows
 from moegguf.measurement.tasks import Metric, read_tasks
 from moegguf.runtime.vocab import open_vocab
+from moegguf.texts import named_ref
 from test_texts import lines
 from tiny_gguf import repeating, write_gguf
 
@@ -41,13 +43,12 @@ def demo(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture
 def evaluate(tmp_path, capsys) -> Callable[..., dict]:
-    """`evaluate(*argv)`: run the command with a cache of its own; the JSON that it writes."""
+    """`evaluate(*argv)`: run the command with a cache of its own; the JSON that it prints."""
 
     def run(*argv: object) -> dict:
-        out = tmp_path / "out.json"
-        flags = ("--save", out, "--details", "--cache", tmp_path / "cache", "--threads", 1)
+        flags = ("--json", "--details", "--cache", tmp_path / "cache", "--threads", 1)
         assert main(["eval", *map(str, (*argv, *flags))]) == 0, capsys.readouterr().err
-        return json.loads(out.read_text())
+        return json.loads(capsys.readouterr().out)
 
     return run
 
@@ -209,7 +210,7 @@ def test_a_line_that_was_cut_short_is_asked_again(demo, evaluate, tmp_path):
 
 
 def test_ctrl_c_keeps_what_is_known_and_says_how_to_go_on(demo, tmp_path):
-    argv = ["eval", demo["base"], "--tasks", "demo:strings/heldout#3000", "--threads", 1, "--cache", tmp_path / "cache"]
+    argv = ["eval", demo["base"], "--tasks", "demo:strings/heldout#1000", "--threads", 1, "--cache", tmp_path / "cache"]
     process = subprocess.Popen(
         [sys.executable, "-m", "moegguf", *map(str, argv)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -223,8 +224,24 @@ def test_ctrl_c_keeps_what_is_known_and_says_how_to_go_on(demo, tmp_path):
     assert (process.returncode, out) == (130, "")
     n_kept = sum(1 for line in ledger.read_text().splitlines() if "said" in json.loads(line or "{}"))
     first, last = err.splitlines()
-    assert first.startswith(f"{n_kept} of 3000 outcomes are kept in {tmp_path / 'cache'}: ")
+    assert first.startswith(f"{n_kept} of 1000 outcomes are kept in {tmp_path / 'cache'}: ")
     assert last == "moegguf: interrupted"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no disk that is always full here")
+def test_a_full_disk_and_a_folder_that_cannot_be_are_one_line_with_the_file(demo, evaluate, tmp_path, capsys):
+    task = ("--tasks", "demo:math/heldout#2")
+    evaluate(demo["base"], *task)
+    (ledger,) = (tmp_path / "cache").iterdir()
+    full = tmp_path / "full" / ledger.name
+    full.parent.mkdir()
+    full.symlink_to("/dev/full")
+    (tmp_path / "file").touch()
+    for place, why in (("full", "No space left on device"), ("file", "File exists"), ("file/x", "Not a directory")):
+        argv = ["eval", demo["base"], *task, "--cache", tmp_path / place, "--threads", 1, "--fresh"]
+        assert main([*map(str, argv)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"error: {tmp_path / place / ledger.name}: cannot be written ({why})" in line
 
 
 # --------------------------------------------------------------------------------------------- what is shown
@@ -240,17 +257,64 @@ def test_json_alone_is_on_stdout_and_the_same_in_a_file(demo, tmp_path, capsys):
 
 
 def test_the_table_has_a_row_a_model_a_column_a_task_and_bars(demo, tmp_path, capsys):
-    tasks = ("demo:math/heldout#4", "demo:general/heldout#4")
-    argv = ["eval", demo["base"], demo["math"], "--tasks", *tasks, "--cache", tmp_path / "cache", "--threads", 1]
-    chart = tmp_path / "chart.png"
-    assert main([*map(str, argv), "--chart", str(chart)]) == 0
+    tasks = ("--tasks", "demo:math/heldout#4", "--tasks", "demo:general/heldout#4")
+    argv = ["eval", demo["base"], demo["math"], *tasks, "--cache", tmp_path / "cache", "--threads", 1]
+    assert main([*map(str, argv)]) == 0
     out = capsys.readouterr().out.splitlines()
     assert out[0].split() == ["math", "general"]
     assert out[2].split() == ["model", "n=4", "n=4", "mean"]
     assert [line.split()[0] for line in out[3:5]] == ["base", "math"]
     assert out[4].split()[1:4] == ["100.0", "[51.0,", "100.0]"]
     assert f"  math  {'#' * 40} 100.0" in out
-    assert chart.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_file_that_exists_is_replaced_only_when_asked_to_and_never_after_long_work(demo, tmp_path, capsys):
+    argv = ["eval", str(demo["base"]), "--threads", "1", "--cache", str(tmp_path / "cache"), "--tasks"]
+    argv += ["demo:math/heldout#2", str(lines(tmp_path / "text.jsonl", {"text": "One and one is two."}))]
+    chart, second, kept = tmp_path / "c.svg", tmp_path / "c-perplexity.svg", tmp_path / "kept.json"
+    for path, flags in ((kept, ["--save", kept]), (chart, ["--chart", chart]), (second, ["--chart", chart])):
+        path.write_text("mine")
+        assert main([*argv, *map(str, flags)]) == 2
+        assert f"{path}: exists already; " in (said := capsys.readouterr().err) and "--force" in said
+        assert path.read_text() == "mine" and not (tmp_path / "cache").exists()
+        path.unlink()
+    assert main([*argv, "--chart", str(tmp_path / "c.bmp")]) == 2
+    assert "not a name for a figure" in capsys.readouterr().err and not (tmp_path / "cache").exists()
+    for path in (chart, second, kept):
+        path.write_text("mine")
+    assert main([*argv, "--chart", str(chart), "--save", str(kept), "--force"]) == 0
+    assert chart.read_text() != "mine" != second.read_text() and "models" in json.loads(kept.read_text())
+
+
+# --------------------------------------------------------------------------------------------- from Python
+
+
+def test_python_gives_what_the_command_gives(demo, evaluate, tmp_path):
+    expected = evaluate(demo["base"], demo["math"], "--tasks", "sums=demo:math/heldout#3", "--limit", 2)
+    how = {"limit": 2, "threads": 1, "watch": (heard := Heard())}
+    found = moegguf.eval([demo["base"], demo["math"]], tasks={"sums": "demo:math/heldout#3"}, cache=tmp_path, **how)
+    assert json.loads(json.dumps(found.as_json(details=True))) == expected
+    assert heard.parts == {"asking": [4, 4]}
+    again = moegguf.eval({"x": demo["base"]}, tasks="demo:math/heldout#3", cache=tmp_path, **how)
+    assert again.models[0].name == "x" and again.models[0].figures["math"].n == 2
+    assert again.draw(tmp_path / "c.svg") == [tmp_path / "c.svg"]
+    with pytest.raises(UserError, match=r"c\.svg: exists already"):
+        again.draw(tmp_path / "c.svg")
+
+
+def test_mistakes_in_python_are_user_errors(demo, tmp_path):
+    for models, how, says in (
+        (5, {}, r"models 5: expected a path"),
+        ([], {}, "models: none are given"),
+        (demo["base"], {"tasks": 7}, "tasks 7: expected a path"),
+        (demo["base"], {"ctx": "long"}, "--ctx long: expected a whole number"),
+        (demo["base"], {"limit": 0}, "--limit 0: expected a whole number"),
+        (demo["base"], {"engine": "jax"}, "the engines are llama, torch"),
+        (demo["base"], {"tasks": ()}, "nothing to measure"),
+    ):
+        with pytest.raises(UserError, match=says):
+            moegguf.eval(models, cache=tmp_path / "cache", **{"tasks": "demo:math#2"} | how)
+    assert not (tmp_path / "cache").exists()
 
 
 # ------------------------------------------------------------------------------------------------- figures
@@ -384,5 +448,5 @@ def test_an_item_longer_than_the_context_is_named(demo, tmp_path, capsys):
 
 def test_tasks_are_named_by_flag_or_file_or_domain(tmp_path):
     path = lines(tmp_path / "sums.jsonl", GOOD)
-    tasks = read_tasks([str(path), f"more={path}", "demo:math/heldout#3", "few=demo:math#2"])
+    tasks = read_tasks(map(named_ref, [str(path), f"more={path}", "demo:math/heldout#3", "few=demo:math#2"]))
     assert [(task.name, len(task.items)) for task in tasks] == [("sums", 1), ("more", 1), ("math", 3), ("few", 2)]

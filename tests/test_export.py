@@ -15,9 +15,11 @@ import pytest
 from gguf import GGUFValue, GGUFValueType
 from huggingface_hub import ModelCard
 
+import moegguf
 from conftest import build_mix, rewrite
 from go_template import parse_modelfile, render
 from moegguf.cli import main
+from moegguf.errors import UserError
 from moegguf.exporting.recipe_toml import recipe_toml
 from moegguf.gguf_header import read_header
 from moegguf.licences import asks, combine, recognise
@@ -140,7 +142,7 @@ def ollama(home: Path, tmp_path: Path) -> Path:
     program.write_text(
         f"#!{sys.executable}\nimport json, os, sys\n"
         f"json.dump([sys.argv[1:], open(sys.argv[-1]).read()], open({str(record)!r}, 'w'))\n"
-        "print('success')\nsys.exit(int('fail' in sys.argv[2]))\n"
+        "print('success')\nif 'fail' in sys.argv[2]: sys.exit(print('no room', file=sys.stderr) or 1)\n"
     )
     program.chmod(0o755)
     return record
@@ -151,7 +153,7 @@ def test_ollama_is_asked_to_create_the_model(mix: Path, ollama: Path, tmp_path: 
     assert main(["export", "ollama", str(mix), "--name", "my-mix", "--json"]) == 0
     said = json.loads(capfd.readouterr().out)
     path = tmp_path / "Modelfile"
-    assert (said["created"], said["modelfile"]) == (True, str(path))
+    assert (said["created"], said["file"]) == (True, str(path))
     assert json.loads(ollama.read_text()) == [["create", "my-mix", "-f", str(path)], path.read_text()]
     assert not (tmp_path / "no-store").exists()
 
@@ -162,7 +164,7 @@ def test_ollama_is_left_alone_when_asked_to_and_its_failure_is_told(mix: Path, o
     assert not ollama.exists()
     assert "ollama create my-mix -f" in capfd.readouterr().out
     assert main(["export", "ollama", str(mix), "--name", "fail", "--force"]) == 2
-    assert "failed with code 1; start Ollama" in capfd.readouterr().err
+    assert "failed with code 1; start Ollama if" in capfd.readouterr().err
 
 
 BAD_OLLAMA = {
@@ -188,8 +190,46 @@ def test_a_modelfile_is_not_replaced_unasked_and_a_shard_is_no_model(mix: Path, 
     (tmp_path / "Modelfile").write_text("mine")
     assert "exists already" in run(capsys, "ollama", mix, code=2)
     assert (tmp_path / "Modelfile").read_text() == "mine"
+    odd = shutil.copy(mix, tmp_path / "Modelfile")
+    assert "is the file itself" in run(capsys, "ollama", odd, "--name", "x", "--force", code=2)
     shard = mix.rename(tmp_path / "mix-00001-of-00002.gguf")
     assert "is one of 2 shards" in run(capsys, "ollama", shard, code=2)
+
+
+def test_a_folder_that_cannot_be_made_is_told_in_one_line(mix: Path, tmp_path: Path, capsys):
+    assert "no such folder" in run(capsys, "ollama", mix, "-o", tmp_path / "a" / "b", code=2)
+    (tmp_path / "file").touch()
+    assert "is a file, expected a folder" in run(capsys, "ollama", mix, "-o", tmp_path / "file", code=2)
+
+
+def test_from_python_ollama_is_told_what_the_command_tells_it(mix: Path, tmp_path: Path, capsys):
+    flags = ("--name", "me/it:v1", "--system", "Be brief.", "--stop", "Q:", "--parameter", "top_k=5", "--ctx", "64")
+    said = json.loads(run(capsys, "ollama", mix, *flags, "-o", tmp_path / "a", "--json"))
+    made = moegguf.export.ollama(
+        mix, name="me/it:v1", output=tmp_path / "b", ctx=64, system="Be brief.", stop=["Q:"], parameters={"top_k": 5}
+    )
+    assert made.path == tmp_path / "b" / "Modelfile"
+    assert made.path.read_bytes() == Path(said["file"]).read_bytes()
+    assert (made.name, made.is_created, list(made.modelfile.stops)) == (said["name"], said["created"], said["stop"])
+    assert capsys.readouterr() == ("", "")
+    with pytest.raises(UserError, match="exists already"):
+        moegguf.export.ollama(mix, output=tmp_path / "b")
+    moegguf.export.ollama(str(mix), output=str(tmp_path / "b"), overwrite=True)
+    wrong = ({"stop": "Q:"}, {"parameters": ["top_k"]}, {"parameters": {"top_k": 0.5}}, {"system": 5}, {"ctx": "64"})
+    for given in (*wrong, {"name": 5}, {"output": 5}, {"stop": [5]}):
+        with pytest.raises(UserError, match="expected"):
+            moegguf.export.ollama(mix, overwrite=True, **given)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a script is no program there")
+def test_from_python_ollama_says_nothing_and_its_failure_is_told(mix: Path, ollama: Path, capfd):
+    assert moegguf.export.ollama(mix).is_created
+    with pytest.raises(UserError, match="failed with code 1: no room; start Ollama if"):
+        moegguf.export.ollama(mix, name="fail", overwrite=True)
+    ollama.unlink()
+    assert not moegguf.export.ollama(mix, create=False, overwrite=True).is_created
+    assert not ollama.exists()
+    assert capfd.readouterr() == ("", "")
 
 
 # ---------------------------------------------------------------------------------------------- LM Studio
@@ -275,6 +315,17 @@ def test_a_place_that_lm_studio_has_not_is_told_in_one_line(mix: Path, home: Pat
     for flag in ("--publisher", "--name"):
         assert f"{flag} '../x': expected letters" in run(capsys, "lmstudio", mix, flag, "../x", code=2)
     assert list((home / ".lmstudio/models").iterdir()) == []
+
+
+def test_from_python_lm_studio_gets_what_the_command_gives_it(mix: Path, models: Path, capsys):
+    made = moegguf.export.lmstudio(mix, publisher="me", name="its name")
+    said = json.loads(run(capsys, "lmstudio", mix, "--publisher", "me", "--name", "its name", "--json"))
+    assert {str(target) for target in made.files} == set(said["files"]) == {said["file"]}
+    assert (made.n_bytes, made.n_experts, str(made.settings)) == (said["bytes"], said["experts"], said["settings"])
+    assert set(said["files"].values()) == {"there already"}
+    for given in ({"publisher": 5}, {"name": 5}, {"output": 5}):
+        with pytest.raises(UserError, match="expected"):
+            moegguf.export.lmstudio(mix, **given)
 
 
 # ------------------------------------------------------------------------------------------------ licences
@@ -476,7 +527,8 @@ def test_what_was_measured_is_in_the_card(tmp_path: Path, capsys):
     assert "| m | 50 (9.453 to 90.55) |" in readme.text
     assert "KLD from m.gguf, nats" in readme.text
     (tmp_path / "other.json").write_text('{"models": [{}]}')
-    assert "holds no results of moegguf" in run(capsys, "card", mix, "--results", tmp_path / "other.json", code=2)
+    other = ("--results", tmp_path / "other.json", "--force")
+    assert "holds no results of moegguf" in run(capsys, "card", mix, *other, code=2)
 
 
 def test_names_in_a_file_cannot_write_the_card(tmp_path: Path, capsys):
@@ -487,6 +539,16 @@ def test_names_in_a_file_cannot_write_the_card(tmp_path: Path, capsys):
     row = next(line for line in readme.text.splitlines() if line.startswith("| a"))
     cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]]
     assert cells == [r"a \| b", r"`x' \| <script>\n---`", "0.5", "Q8_0", r"mit\nlicense: gpl"]
+
+
+def test_from_python_a_card_is_the_one_of_the_command(mix: Path, tmp_path: Path, capsys):
+    said = json.loads(run(capsys, "card", mix, "--repo", "me/it", "-o", tmp_path / "A.md", "--json"))
+    made = moegguf.export.card(mix, repo="me/it", output=tmp_path / "B.md")
+    assert made.path.read_bytes() == Path(said["file"]).read_bytes()
+    assert (made.n_bytes, list(made.warnings)) == (said["bytes"], said["notes"])
+    for given in ({"repo": 5}, {"results": 5}, {"output": 5}):
+        with pytest.raises(UserError, match="expected"):
+            moegguf.export.card(mix, overwrite=True, **given)
 
 
 def test_a_card_is_for_mixes_and_replaces_nothing_unasked(mix: Path, tmp_path: Path, capsys):

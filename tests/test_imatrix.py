@@ -379,7 +379,7 @@ def test_a_calibration_needs_text_of_at_least_one_chunk(model, tmp_path: Path, r
     refused("calibrate", model, "--text", str(TEXT), *output, says=("expected NAME=FILE",))
     few = ("--text", f"a={TEXT}", "--max-tokens", 100)
     refused("calibrate", model, *few, *output, says=("--max-tokens 100", "one chunk of 512"))
-    refused("calibrate", model, *few, "--chunk", 9999, *output, says=("--chunk 9999", "16 to 1024"))
+    refused("calibrate", model, *few, "--chunk", 9999, *output, says=("--chunk 9999", "at most 1024"))
 
 
 def test_a_calibration_never_overwrites_what_is_no_calibration_of_this_model(model, models, tmp_path: Path, refused):
@@ -408,7 +408,11 @@ def test_a_calibration_never_overwrites_what_is_no_calibration_of_this_model(mod
     rewrite(model, alien, keep=lambda key: not key.startswith(PREFIX))
     split = ("--split", tmp_path / "experts", "-o", tmp_path / "i.gguf")
     refused("calibrate", alien, *text, *split, says=("was not made by moegguf", "leave --split out"))
-    refused("calibrate", "demo:math", *text, *split, says=("--split: goes with a mix",))
+    refused("calibrate", "demo:math", *text, *split, says=("--split: goes with a GGUF",))
+    refused("calibrate", model, *text, "--base", model, says=("--base: goes with the source of an expert",))
+    (tmp_path / "e0.gguf").write_bytes(model.read_bytes())
+    split = ("--split", tmp_path, "-o", tmp_path / "i.gguf")
+    refused("calibrate", model, *text, *split, "--fresh", says=("e0.gguf", "is a GGUF, but no imatrix"))
 
 
 def test_a_model_without_weights_and_unknown_names_are_refused(models, tmp_path: Path, refused):

@@ -82,8 +82,13 @@ def faults(inspected, mix, tmp_path) -> Callable[..., list[str]]:
 def test_the_facts_of_a_gateless_mix_are_its_recipes(inspected, mix):
     report = inspected(mix("weighted"))
     assert report["is_mix"] is True
-    assert (report["arch"], report["n_layer"], report["n_embd"], report["n_ctx"]) == ("llama", N_LAYER, N_EMBD, 1024)
-    assert (report["n_expert"], report["n_expert_used"], report["file_type"]) == (3, 3, "Q8_0")
+    assert (report["architecture"], report["n_layer"], report["n_embd"], report["n_ctx"]) == (
+        "llama",
+        N_LAYER,
+        N_EMBD,
+        1024,
+    )
+    assert (report["n_expert"], report["n_expert_used"], report["quant"]) == (3, 3, "Q8_0")
     assert report["has_chat_template"] is True
     card = report["card"]
     assert (card["router"], card["layout"], card["k"], card["quant"], card["base"]) == (
@@ -105,7 +110,7 @@ def test_the_facts_of_a_noisy_mix_are_its_recipes(inspected, mix):
 
 def test_the_facts_of_an_always_on_mix_are_its_recipes(inspected, mix):
     report = inspected(mix("always on"))
-    assert (report["arch"], report["n_expert"], report["n_expert_used"]) == ("granitemoe", 2, 1)
+    assert (report["architecture"], report["n_expert"], report["n_expert_used"]) == ("granitemoe", 2, 1)
     assert (report["card"]["layout"], report["card"]["k"], report["card"]["always_on"]) == ("shared", 2, "e1")
 
 
@@ -114,7 +119,7 @@ def test_the_facts_of_an_always_on_mix_are_its_recipes(inspected, mix):
 )
 def test_every_layout_is_told_by_its_own_name(label, arch, stacked, inspected, mix):
     report = inspected(mix(label))
-    assert (report["card"]["layout"], report["arch"], report["n_expert"]) == (label, arch, stacked)
+    assert (report["card"]["layout"], report["architecture"], report["n_expert"]) == (label, arch, stacked)
     assert (report["card"]["router"], report["card"]["k"], len(report["card"]["experts"])) == ("gateless", 3, 3)
 
 
@@ -123,10 +128,10 @@ def test_the_groups_add_up_to_the_file(label, inspected, mix):
     report = inspected(mix(label))
     stored = read_tensors(mix(label))
     groups = {group["name"]: group for group in report["groups"]}
-    assert sum(group["n_bytes"] for group in groups.values()) == sum(len(tensor.data) for tensor in stored.values())
-    assert report["n_weights"] == sum(int(np.prod(tensor.shape)) for tensor in stored.values())
+    assert sum(group["bytes"] for group in groups.values()) == sum(len(tensor.data) for tensor in stored.values())
+    assert report["weights"] == sum(int(np.prod(tensor.shape)) for tensor in stored.values())
     assert sum(sum(group["types"].values()) for group in groups.values()) == len(stored)
-    ffn = sum(groups[name]["n_weights"] for name in ("routed experts", "shared experts", "dense FFN") if name in groups)
+    ffn = sum(groups[name]["weights"] for name in ("routed experts", "shared experts", "dense FFN") if name in groups)
     assert ffn == 3 * N_LAYER * 3 * N_EMBD * N_FF
 
 

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from gguf import GGUFValue, GGUFValueType
 
-from conftest import TOKENS, build_dense, build_mix, logits, rewrite
+import moegguf
+from conftest import TOKENS, Heard, build_dense, build_mix, logits, rewrite
 from moegguf.cli import main
 from moegguf.demo import MEMBERS, folder
-from moegguf.divergences import KeptReference, chunk_length, compare, keep_reference, sequences_of
+from moegguf.errors import UserError
 from moegguf.gguf_header import read_header
+from moegguf.jobs.divergences import KeptReference, chunk_length, compare, keep_reference, sequences_of
 from moegguf.measurement import divergence
 from moegguf.measurement.divergence import (
     TOKEN,
@@ -31,6 +35,7 @@ from moegguf.measurement.divergence import (
 )
 from moegguf.measurement.results import Z, wilson
 from moegguf.runtime import batch
+from moegguf.runtime.offload import WHAT_FITS
 from moegguf.runtime.vocab import open_vocab
 from moegguf.texts import Text, read_records
 from tiny_gguf import babbling, write_gguf
@@ -126,7 +131,7 @@ def test_a_model_does_not_diverge_from_itself(tiny, tmp_path):
 
 
 def test_fewer_bits_diverge_more_and_kept_logits_say_so_too(demo, measure):
-    text = ("--text", "demo:math/heldout#15", "demo:clinic/heldout#15")
+    text = ("--text", "demo:math/heldout#8", "demo:clinic/heldout#8")
     models = [demo[quant] for quant in ("Q8_0", "Q4_K_M", "Q2_K")]
     kept = measure(*models, "--against", demo["F32"], *text)
     lockstep = measure(*models, "--against", demo["F32"], *text, "--no-cache")
@@ -281,6 +286,8 @@ def test_another_file_text_or_device_is_kept_elsewhere(tiny, tmp_path):
     os.utime(tiny["Q8_0"])
     kept.append(keep_reference(tiny["Q8_0"], SEQUENCES, tmp_path, threads=1).path)
     assert len(set(kept)) == 5
+    patient = replace(WHAT_FITS, patience=5)  # which changes no figure
+    assert keep_reference(tiny["F32"], SEQUENCES, tmp_path, offload=patient).path == kept[0]
 
 
 def test_ctrl_c_leaves_no_half_file(chain, tmp_path):
@@ -365,6 +372,44 @@ def test_domains_of_a_recipe_are_texts(demo, measure, tmp_path):
     argv = (demo["Q8_0"], "--against", demo["F32"])
     by_recipe = measure(*argv, "--domains", "own", "--recipes", recipes)
     assert by_recipe == measure(*argv, "--text", "math=demo:math#3")
+
+
+def test_python_gives_what_the_command_gives(demo, measure, tmp_path):
+    text = ("--text", "math=demo:math/heldout#2", "demo:clinic/heldout#2")
+    expected = measure(demo["Q8_0"], demo["Q2_K"], "--against", demo["F32"], *text)
+    texts = {"math": "demo:math/heldout#2", "clinic": ["demo:clinic/heldout#2"]}
+    how = {"cache": tmp_path / "cache", "threads": 1, "watch": (heard := Heard())}
+    found = moegguf.measure([demo["Q8_0"], demo["Q2_K"]], demo["F32"], text=texts, **how)
+    assert json.loads(json.dumps(found.as_json())) == expected
+    n_tokens = 2 * found.models[0].overall.n_tokens
+    assert heard.parts == {"F32.gguf": [n_tokens, n_tokens]}
+
+
+def test_mistakes_in_python_are_user_errors(demo, tmp_path):
+    for how, says in (
+        ({"text": 5}, "text 5: expected a path"),
+        ({"text": ()}, "nothing to measure on"),
+        ({"chunk": "long"}, "--chunk long: expected 2 to 256"),
+        ({"max_tokens": 1.5}, "--max-tokens 1.5: expected a whole number"),
+        ({"keep": False, "cache": tmp_path}, "--cache, --reference-logits and --no-cache exclude each other"),
+        ({"against": None}, "against None: expected a path"),
+    ):
+        with pytest.raises(UserError, match=says):
+            moegguf.measure(demo["Q8_0"], **{"against": demo["F32"], "text": "demo:math#1"} | how)
+
+
+def test_logits_that_cannot_be_kept_are_one_line_with_the_file(chain, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.logits").mkdir()
+    (tmp_path / "text.txt").write_text("a few words")
+    for flag, path, why in (
+        ("--cache", tmp_path / "file", r"/file/\w+\.logits: cannot be read \(Not a directory\)"),
+        ("--reference-logits", tmp_path / "folder.logits", r"/folder\.logits: cannot be read \(Is a directory\)"),
+    ):
+        argv = ["measure", chain, "--against", chain, "--text", tmp_path / "text.txt", "--threads", 1, flag, path]
+        assert main([*map(str, argv)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert re.search(why, line)
 
 
 BAD = {

@@ -44,13 +44,12 @@ FIGURES = pytest.mark.parametrize("draw", [bars, heat, lines])
 
 @pytest.fixture
 def drawn(monkeypatch, tmp_path) -> Callable[[Callable[[Path], None]], Figure]:
-    """`drawn(draw)`: the figure that `draw` writes, as matplotlib holds it."""
+    """`drawn(draw)`: the figure that `draw` would write, laid out, as matplotlib holds it."""
 
     def capture(draw) -> Figure:
         figures = []
-        save = Figure.savefig
         monkeypatch.setattr(
-            Figure, "savefig", lambda self, *args, **kw: (figures.append(self), save(self, *args, **kw))
+            Figure, "savefig", lambda self, *args, **kw: (figures.append(self), self.draw_without_rendering())
         )
         draw(tmp_path / "captured.png")
         return figures[0]

@@ -8,16 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import moegguf
 from conftest import build_mix, read_tensors
 from moegguf.cli import main
 from moegguf.edit.change import write_copy
 from moegguf.edit.experts import plan_drop
 from moegguf.edit.finished import read_mix
 from moegguf.inspection import check
+from moegguf.jobs.saliency import rank
 from moegguf.quant.ggml import dequantise
 from moegguf.runtime import tap as taps
 from moegguf.runtime.model import RunOptions, open_model
-from moegguf.saliency import rank
 
 NOISY = {"mode": "noisy", "k": 2, "seed": 7}
 TOKENS = [tuple(range(3 + i, 40 + i)) for i in range(4)]
@@ -103,6 +104,11 @@ def test_json_is_one_document_with_the_ranking_and_the_cost(gateless: Path, tmp_
     assert found["dropped"] == ranked[2:]
     assert sorted(left) == sorted(ranked[:2])
     assert found["cost"]["kld"]["mean"] > 0
+    same = {"keep": 2, "text": {"math": "demo:math#4"}, "max_tokens": 64, "threads": 1}
+    pruned = moegguf.prune(gateless, output=tmp_path / "same.gguf", **same)
+    assert pruned.made.path.read_bytes() == (tmp_path / "out.gguf").read_bytes()
+    assert [one.expert for one in pruned.ranking] == ranked
+    assert pruned.cost.as_json() == found["cost"]
 
 
 @pytest.fixture(scope="module")

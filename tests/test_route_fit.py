@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+import moegguf
 from conftest import build_dense, build_mix, make_recipe, read_tensors, rewrite
 from moegguf.cli import main
 from moegguf.demo.text import DOMAINS
-from moegguf.fitting import FitOptions, dense_model, plan_fit, read_texts
 from moegguf.gguf_header import read_header
+from moegguf.jobs.fitting import FitOptions, dense_model, plan_fit, read_texts
 from moegguf.recipe import Recipe, RouterMode
 from moegguf.routers import FFN, Router
 from moegguf.routers.file import read_router
@@ -65,10 +66,10 @@ def fit(capsys, output: Path, *flags: object) -> tuple[Router, dict]:
 
 @pytest.fixture(scope="module")
 def ridge(mix, tmp_path_factory) -> tuple[Path, dict]:
-    """The file and the report of a ridge fit to 100 questions a domain."""
+    """The file and the report of a ridge fit to 50 questions a domain."""
     folder = tmp_path_factory.mktemp("ridge")
     with contextlib.redirect_stdout(open(folder / "report.json", "w")) as out:
-        code = main([*map(str, ("route", "fit", "--mix", mix, *texts(100), *ONE_THREAD, "--temperature", 0.3, "--json",
+        code = main([*map(str, ("route", "fit", "--mix", mix, *texts(50), *ONE_THREAD, "--temperature", 0.3, "--json",
                                 "-o", folder / "r.safetensors"))])  # fmt: skip
     out.close()
     assert code == 0
@@ -86,7 +87,7 @@ def test_a_ridge_router_separates_held_out_text_of_the_domains(ridge):
     assert min(separation["top1_by_layer"][2:]) > 0.8
     assert separation["top1"] == pytest.approx(np.mean(separation["top1_by_layer"]))
     assert all(0.1 < load < 0.5 for load in separation["load"].values())
-    assert report["warnings"] == []
+    assert report["notes"] == []
     for rows in router.matrices.values():
         assert np.allclose(np.linalg.norm(rows, axis=1), 1 / 0.3, rtol=1e-5)
 
@@ -155,7 +156,7 @@ def test_an_always_on_expert_has_no_row_and_needs_no_text(base, tmp_path, capsys
     router, report = fit(capsys, tmp_path / "r.safetensors", *flags)
     assert (router.always_on, router.experts, router.k) == ("base", EXPERTS[1:], 2)
     assert set(report["tokens"]) == set(EXPERTS[1:])
-    assert report["warnings"] == []
+    assert report["notes"] == []
 
 
 # ----------------------------------------------------------------------------------------------- hidden
@@ -204,6 +205,60 @@ def _toml(name: str, table: dict) -> str:
     return f"[mix.{name}]\n" + "\n".join(f"{key} = {value(item)}" for key, item in table.items()) + "\n"
 
 
+# ------------------------------------------------------------------------------------------- from Python
+
+
+def test_python_gets_the_router_and_the_report_of_the_command(base, tmp_path, capsys):
+    file = tmp_path / "r.safetensors"
+    router, report = fit(capsys, file, "--base-gguf", base, *texts(10, "math", "clinic"), "--k", 1)
+    planned = []
+    text = {name: f"demo:{name}#10" for name in ("math", "clinic")}
+    fitted = moegguf.route.fit(
+        base_gguf=base, text=text, k=1, threads=1, output=tmp_path / "p.safetensors", on_plan=planned.append
+    )
+    assert all(np.array_equal(rows, fitted.router.matrices[site]) for site, rows in router.matrices.items())
+    assert read_router(tmp_path / "p.safetensors").digest == fitted.router.digest
+    assert report.pop("seconds") > 0
+    assert report == {"file": str(file), "bytes": file.stat().st_size} | fitted.as_json()
+    assert planned[0].n_tokens > 0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_router_is_replaced_only_when_asked_to(base, tmp_path, capsys):
+    file, flags = tmp_path / "r.safetensors", ("--base-gguf", base, *texts(5, "math", "clinic"))
+    fit(capsys, file, *flags)
+    before = file.read_bytes()
+    assert main([*map(str, ("route", "fit", *flags, "-o", file))]) == 2
+    assert "r.safetensors: exists already; choose another name, or pass --force" in capsys.readouterr().err
+    assert file.read_bytes() == before
+    fit(capsys, file, *flags, "--k", 1, "--force")
+    assert file.read_bytes() != before
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"mix": 5},
+        {"text": "math.jsonl"},
+        {"text": {"math": 5, "clinic": "demo:clinic"}},
+        {"recipe": 5},
+        {"max_tokens": "many"},
+        {"holdout": "some"},
+        {"k": "two"},
+        {"ridge_lambda": "small"},
+        {"output": 5},
+        {"threads": 1.5},
+        {"mode": "best"},
+    ],
+)
+def test_values_of_the_wrong_kind_are_users_mistakes(base, tmp_path, given):
+    text = {"math": "demo:math#5", "clinic": "demo:clinic#5"}
+    call = {"base_gguf": None if "mix" in given else base, "text": text, "output": tmp_path / "r.safetensors"} | given
+    with pytest.raises(moegguf.UserError):
+        moegguf.route.fit(**call)
+    assert list(tmp_path.iterdir()) == []
+
+
 # ------------------------------------------------------------------------------- texts and what they run on
 
 
@@ -235,6 +290,7 @@ def test_no_more_text_is_taken_than_asked_for(base, tmp_path):
 @pytest.mark.parametrize("trunk", ["base", "mean"])
 def test_what_a_fit_runs_on_before_there_is_a_mix_is_gone_afterwards(tmp_path, trunk):
     recipe = demo_recipe(tmp_path / "mix.gguf", trunk=trunk)
+    (tmp_path / ".moegguf-fit.99999999.left").mkdir()  # by a fit that was killed
     with pytest.raises(KeyboardInterrupt), dense_model(recipe) as path:
         header = read_header(path)
         assert path.parent.parent == tmp_path
@@ -254,7 +310,7 @@ def test_a_base_that_is_a_gguf_is_run_as_it_is(base, tmp_path):
 
 
 def warned(capsys, base: Path, tmp_path: Path, *flags: object) -> str:
-    return "\n".join(fit(capsys, tmp_path / "r.safetensors", "--base-gguf", base, *flags)[1]["warnings"])
+    return "\n".join(fit(capsys, tmp_path / "r.safetensors", "--base-gguf", base, *flags)[1]["notes"])
 
 
 def test_the_same_text_for_two_experts_is_warned_of(base, tmp_path, capsys):
@@ -326,8 +382,8 @@ def test_empty_and_missing_text_is_refused_all_at_once(refused, mix, tmp_path):
         (("--mode", "hidden", "--negative", "maths=demo:math"), "--negative maths: no expert has that name"),
         (("--always-on", "base"), "has 4 experts behind its router, this one is for 3"),
         (("--lambda", -1), "router.lambda: found -1.0"),
-        (("--max-tokens", 0), "--max-tokens 0: expected 1 to"),
-        (("--holdout", 1), "--holdout 1: expected a share from 0 to 0.9"),
+        (("--max-tokens", 0), "--max-tokens 0: expected a whole number from 1 to"),
+        (("--holdout", 1), "--holdout 1.0: expected a share from 0 to 0.9"),
         (("-o", "router.gguf"), "ends in .safetensors"),
         (("-o", "/no/such/folder/r.safetensors"), "no such folder"),
         (("demo-noisy", "--base-gguf", "x.gguf"), "not allowed with argument"),
@@ -350,9 +406,12 @@ def test_files_that_are_no_mix_with_a_router_are_refused(refused, base, tmp_path
 def test_weights_of_a_model_are_never_overwritten(mix, tmp_path, capsys):
     shutil.copy(Path(read_header.__code__.co_filename).parent / "demo/models/base/model.safetensors", tmp_path)
     before = (tmp_path / "model.safetensors").read_bytes()
-    code = main([*map(str, ("route", "fit", "--mix", mix, *texts(5), "-o", tmp_path / "model.safetensors"))])
-    assert code == 2
-    assert "exists already, and is no router" in capsys.readouterr().err
+    for force in ((), ("--force",)):
+        code = main(
+            [*map(str, ("route", "fit", "--mix", mix, *texts(5), "-o", tmp_path / "model.safetensors", *force))]
+        )
+        assert code == 2
+        assert "exists already, and is no router" in capsys.readouterr().err
     assert (tmp_path / "model.safetensors").read_bytes() == before
 
 

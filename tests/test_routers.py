@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 
+import moegguf
 from conftest import CLOSE, TOKENS, build_mix, distance, logits, read_metadata, read_tensors, rewrite
 from moegguf.cli import main
 from moegguf.edit.finished import read_mix
@@ -174,6 +176,27 @@ def test_undo_restores_every_byte(router: str, mix: Path, router_file):
     assert mix.read_bytes() == changed
 
 
+def test_python_sets_and_undoes_as_the_command_does(mix: Path, router_file, tmp_path: Path, capsys):
+    copy = Path(shutil.copy(mix, tmp_path / "copy.gguf"))
+    before = mix.read_bytes()
+    assert main(["route", "set", str(mix), "--router", str(router_file), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    changed = moegguf.route.set(copy, router_file)
+    assert copy.read_bytes() == mix.read_bytes() != before
+    same = changed.as_json() | {"file": str(mix), "seconds": report["seconds"], "old_router": report["old_router"]}
+    assert report == same
+    assert report["old_router"] == {"mode": "noisy", "file": f"{mix}.old-router.safetensors"}
+    assert_same(changed.old, read_router(changed.kept))
+    moegguf.route.set(copy, undo=True)
+    assert copy.read_bytes() == before
+    assert capsys.readouterr() == ("", "")
+    for given in ({}, {"router": "noisy", "undo": True}, {"router": 5}, {"router": "noisy", "k": "two"},
+                  {"router": "noisy", "std": "small"}, {"router": "noisy", "k": 0}):  # fmt: skip
+        with pytest.raises(UserError):
+            moegguf.route.set(copy, **given)
+    assert copy.read_bytes() == before
+
+
 def test_setting_gateless_and_back_to_noise_is_each_fresh_build(family, mix: Path, tmp_path: Path):
     models = family("tied")
     gateless = build_mix(tmp_path / "gateless.gguf", models.base, models.experts)
@@ -206,7 +229,11 @@ main(["route", "set", {str(mix)!r}, "--router", "gateless"])
         assert journal_of(mix).exists()
         assert main(["inspect", str(mix)]) == 2
         assert "was interrupted" in capsys.readouterr().err
-        assert main(["set", str(mix), "--recover"]) == 0
+        if kill_at == 1:  # who changes it next recovers it first
+            assert main(["route", "export", str(mix), "--router", "noisy", "-o", str(mix.with_name("a.gguf"))]) == 0
+            assert "an interrupted change of it was undone" in capsys.readouterr().err
+        else:
+            assert main(["set", str(mix), "--recover"]) == 0
         assert mix.read_bytes() == before
         assert not journal_of(mix).exists()
     assert kill_at == N_LAYER + 1
@@ -243,6 +270,20 @@ def test_an_exported_router_gives_the_logits_of_the_router_in_the_file(family, m
     fresh = build_mix(tmp_path / "fresh.gguf", models.base, models.experts, router=str(router_file))
     assert distance(logits(mix), logits(fresh)) > 0.01
     assert distance(logits_with_adapter(mix, adapter), logits(fresh)) < CLOSE
+
+
+def test_python_exports_what_the_command_does(mix: Path, router_file, tmp_path: Path, capsys):
+    first, second = tmp_path / "1.gguf", tmp_path / "2.gguf"
+    assert main(["route", "export", str(mix), "--router", str(router_file), "-o", str(first), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    made = moegguf.route.export(mix, router_file, output=second)
+    assert first.read_bytes() == second.read_bytes()
+    assert report == made.as_json() | {"file": str(first)}
+    assert report["bytes"] == first.stat().st_size
+    with pytest.raises(UserError, match="exists already"):
+        moegguf.route.export(mix, "noisy", output=second)
+    with pytest.raises(UserError, match="expected a path"):
+        moegguf.route.export(mix, 5, output=second)
 
 
 def logits_with_adapter(path: Path, adapter: Path) -> np.ndarray:
@@ -332,7 +373,7 @@ FLAGS = {
     "a mode that has to be fitted": (["--router", "ridge"], "--router ridge: expected a .safetensors file"),
     "a seed that is none": (["--router", "noisy:x"], "--router noisy:x"),
     "gateless with k": (["--router", "gateless", "--k", "2"], "a gate-less mix runs all experts"),
-    "too many experts": (["--router", "noisy", "--k", "9"], "--k 9: expected 1 to 3"),
+    "too many experts": (["--router", "noisy", "--k", "9"], "--k 9: expected a whole number from 1 to 3"),
     "no noise": (["--router", "noisy", "--std", "-1"], "--std -1.0: expected more than 0"),
     "nothing to undo": (["--undo"], "no such router file"),
 }
@@ -394,8 +435,13 @@ def test_an_adapter_overwrites_another_one_and_no_model(mix: Path, tmp_path: Pat
     assert "is there already, and no adapter" in refuse(capsys, *export, mix)
     assert mix.read_bytes() == before
     assert "expected a name that ends in .gguf" in refuse(capsys, *export, tmp_path / "adapter")
-    for _ in range(2):
-        assert main([*export, str(tmp_path / "adapter.gguf")]) == 0
+    assert main([*export, str(tmp_path / "adapter.gguf")]) == 0
+    assert "adapter.gguf: exists already; choose another name, or pass --force" in refuse(
+        capsys, *export, tmp_path / "adapter.gguf"
+    )
+    assert main([*export, str(tmp_path / "adapter.gguf"), "--force"]) == 0
+    assert "no adapter" in refuse(capsys, *export, mix, "--force")
+    assert mix.read_bytes() == before
 
 
 def test_a_router_that_cannot_be_set_leaves_the_one_that_was_kept(mix: Path, monkeypatch, capsys):

@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import moegguf
 from conftest import build_dense, build_mix, read_tensors, rewrite
 from moegguf import cli
-from moegguf.commands.route import map as route_map
+from moegguf.jobs import mapping
 from moegguf.measurement import routing
 from moegguf.measurement.routing import Load, Locality, Routing, total
 from moegguf.runtime.encode import chunks, encode
@@ -201,7 +203,7 @@ def run_map(*argv: object) -> int:
 
 def mapped(tmp_path: Path, *argv: object) -> dict:
     """What the command writes as JSON."""
-    assert run_map(*argv, "--save", tmp_path / "map.json") == 0
+    assert run_map(*argv, "--save", tmp_path / "map.json", "--force") == 0
     return json.loads((tmp_path / "map.json").read_text())
 
 
@@ -287,7 +289,7 @@ def test_a_router_that_always_prefers_one_expert_shows_it_alone_and_suits_a_disk
     caches = {"1": 1, "2": 1}
     assert [domain[key] for key in ("tokens", "srp", "repeat", "sch", "lru")] == [90, 1, 1, caches, caches]
     assert report["verdict"].startswith("This mix suits running from disk or from system memory: with 1 of 3")
-    assert len(re.findall(r"^\d +0 +100 +0 $", capsys.readouterr().out, re.M)) == len(domain["layers"])
+    assert len(re.findall(r"^\d +0 +100 +0$", capsys.readouterr().out, re.M)) == len(domain["layers"])
 
 
 def test_an_always_on_expert_is_not_among_those_chosen(family, text, tmp_path, capsys):
@@ -315,10 +317,10 @@ def test_domains_come_from_a_recipe_and_from_flags_and_add_up(noisy, text, tmp_p
     )
     flags = ("--domains", "my", "--recipes", tmp_path / "my.toml", "--text", f"new={text}")
     domains = mapped(tmp_path, noisy, *flags, "--text", f"e0={text}")["domains"]
-    assert list(domains) == ["e1", "e0", "new", route_map.ALL]
+    assert list(domains) == ["e1", "e0", "new", mapping.ALL]
     assert domains["e1"]["layers"] == domains["new"]["layers"]
     assert domains["e0"]["sequences"] == domains["e1"]["sequences"] + 2
-    assert domains[route_map.ALL]["tokens"] == sum(domains[name]["tokens"] for name in ("e1", "e0", "new"))
+    assert domains[mapping.ALL]["tokens"] == sum(domains[name]["tokens"] for name in ("e1", "e0", "new"))
 
 
 def test_max_tokens_ends_a_domain_and_a_short_one_has_no_segments(noisy, text, tmp_path, capsys):
@@ -331,10 +333,13 @@ def test_a_pipe_gets_plain_numbers_and_json_alone_when_asked(noisy, text, capsys
     assert run_map(noisy, "--text", f"d={text}") == 0
     out = capsys.readouterr().out
     assert "\x1b" not in out
-    rows = re.findall(r"^\d +(\d+) +(\d+) +(\d+) $", out, re.M)
+    rows = re.findall(r"^\d +(\d+) +(\d+) +(\d+)$", out, re.M)
     assert [abs(sum(map(int, row)) - total) <= 1 for row, total in zip(rows, [100] * 3 + [200] * 3, strict=True)]
     assert run_map(noisy, "--text", f"d={text}", "--json") == 0
-    assert json.loads(capsys.readouterr().out)["file"] == "noisy.gguf"
+    report = json.loads(capsys.readouterr().out)
+    assert report["file"] == "noisy.gguf"
+    assert report == moegguf.route.map(noisy, text={"d": text}, threads=1).as_json()
+    assert capsys.readouterr() == ("", "")
 
 
 def test_a_terminal_gets_shades_and_where_numbers_do_not_fit_shades_alone(noisy, text, capsys, monkeypatch):
@@ -342,6 +347,7 @@ def test_a_terminal_gets_shades_and_where_numbers_do_not_fit_shades_alone(noisy,
     monkeypatch.setenv("COLORTERM", "truecolor")
     for name in ("NO_COLOR", "TERM"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     for columns, cell in (("80", r"m +\d+ \x1b\[0m"), ("12", r"m  \x1b\[0m")):
         monkeypatch.setenv("COLUMNS", columns)
         assert run_map(noisy, "--text", f"d={text}") == 0
@@ -355,8 +361,30 @@ def test_a_terminal_gets_shades_and_where_numbers_do_not_fit_shades_alone(noisy,
 
 def test_the_figure_is_written(noisy, text, tmp_path):
     pytest.importorskip("matplotlib")
-    assert run_map(noisy, "--text", f"d={text}", "--text", f"again={text}", "-o", tmp_path / "map.png") == 0
-    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+    drawn, from_python = tmp_path / "map.png", tmp_path / "python.png"
+    assert run_map(noisy, "--text", f"d={text}", "--text", f"again={text}", "-o", drawn) == 0
+    assert drawn.read_bytes().startswith(b"\x89PNG")
+    moegguf.route.map(noisy, text={"d": text, "again": [text]}, threads=1, output=from_python)
+    assert from_python.read_bytes() == drawn.read_bytes()
+    with pytest.raises(moegguf.UserError, match=r"map.png: exists already"):
+        moegguf.route.map(noisy, text={"d": text}, output=drawn)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"text": {"d": 5}},
+        {"text": {}},
+        {"segment": "long"},
+        {"cache": ["all"]},
+        {"cache": 4},
+        {"ctx": 1.5},
+        {"output": 5},
+    ],
+)
+def test_values_of_the_wrong_kind_are_users_mistakes(noisy, text, given):
+    with pytest.raises(moegguf.UserError):
+        moegguf.route.map(noisy, **({"text": {"d": text}} | given))
 
 
 @pytest.mark.parametrize(
@@ -371,9 +399,9 @@ def test_the_figure_is_written(noisy, text, tmp_path):
 def test_the_verdict_goes_by_how_often_half_of_the_experts_suffice(n, sets, says):
     domains = {name: Routing.of({0: [fixed_choice(chosen, n)]}, 4) for name, chosen in sets.items()}
     k = len(next(iter(sets.values()))[0])
-    choice = route_map.Choice("mix", tuple(map(str, range(n))), k, None)
-    report = route_map.Report("mix.gguf", choice, 4, sorted(choice.default_caches()), domains)
-    assert re.match(f"This mix {says}", route_map._verdict(report))
+    choice = mapping.Choice("mix", tuple(map(str, range(n))), k, None)
+    found = mapping.RoutingMap("mix.gguf", choice, 4, sorted(choice.default_caches()), domains)
+    assert re.match(f"This mix {says}", found.verdict)
 
 
 @pytest.mark.parametrize("table", [{}, {"layout": "fused"}, {"layout": "shared"}])
@@ -400,22 +428,28 @@ def test_a_dense_model_has_no_routers(family, tmp_path, text, capsys):
         ([], "no text to map"),
         (["--text", "math"], "--text math: expected NAME=FILE"),
         (["--text", "=text.txt"], "--text =text.txt: expected NAME=FILE"),
-        (["--text", "a b=text.txt"], "--text a b=text.txt: expected NAME=FILE"),
+        (["--text", "a b=text.txt"], "domain 'a b': expected a name of letters"),
         (["--text", "d=missing.txt"], "missing.txt: cannot be read"),
         (["--text", "d=empty.txt"], "empty.txt: is empty"),
         (["--text", "d=text.pdf"], "text.pdf: is no text"),
         (["--domains", "nothing"], "has no recipe 'nothing'"),
-        (["--domains", "merlinite-2x"], "recipe merlinite-2x: has no domains"),
+        (["--domains", "merlinite-2x"], "recipe merlinite-2x names no domains"),
         (["--text", "d=text.txt", "--segment", "0"], "--segment 0: expected a whole number from 1 to"),
         (["--text", "d=text.txt", "--cache", "1", "4"], "--cache 4: expected a whole number from 1 to 3"),
         (["--text", "d=text.txt", "--max-tokens", "0"], "--max-tokens"),
         (["--text", "d=text.txt", "-o", "map.gif"], "map.gif: not a name for a figure"),
-        (["--text", "d=text.txt", "--save", "no/such/map.json"], "map.json: cannot be written"),
+        (["--text", "d=text.txt", "--save", "no/such/map.json"], "no/such: no such folder to write map.json to"),
+        (
+            ["--text", "d=text.txt", "--save", "text.txt"],
+            "text.txt: exists already; choose another name, or pass --force",
+        ),
+        (["--text", "d=text.txt", "-o", "old.png"], "old.png: exists already; choose another name, or pass --force"),
     ],
 )
 def test_mistakes_are_told_in_one_line(noisy, text, tmp_path, monkeypatch, capsys, flags, says):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "old.png").write_bytes(b"")
     assert run_map(noisy, *flags) == 2
     error = capsys.readouterr().err
     assert says in error
@@ -424,5 +458,5 @@ def test_mistakes_are_told_in_one_line(noisy, text, tmp_path, monkeypatch, capsy
 
 def test_logits_in_place_of_probabilities_are_recognised():
     probabilities, _ = random_choice(9, 30, 2)
-    assert route_map._probabilities(np.log(probabilities)) == pytest.approx(probabilities, abs=1e-6)
-    assert route_map._probabilities(probabilities) is probabilities
+    assert mapping._probabilities(np.log(probabilities)) == pytest.approx(probabilities, abs=1e-6)
+    assert mapping._probabilities(probabilities) is probabilities

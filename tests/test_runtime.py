@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 from dataclasses import replace
@@ -11,15 +12,18 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
-from gguf import GGUFValue, GGUFValueType
+from gguf import GGMLQuantizationType, GGUFValue, GGUFValueType
 
 from ctrl_c import pressing_ctrl_c
 from moegguf.cli import main
 from moegguf.errors import UserError
-from moegguf.runtime import machine
+from moegguf.gguf_header import read_header
+from moegguf.runtime import footprint, machine
 from moegguf.runtime.model import RunOptions, open_model
+from moegguf.runtime.offload import Placement, n_layers
+from moegguf.runtime.placing import _bytes_per_token, _context_params, _laid_out
 from moegguf.runtime.sampling import Sampling, suggested_by_file
-from tiny_gguf import END, WORD, babbling, card, repeating, saying, write_gguf
+from tiny_gguf import END, HEAD, WORD, babbling, card, repeating, saying, write_gguf
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
 ONE_THREAD = RunOptions(threads=1)
@@ -70,11 +74,43 @@ def test_a_context_that_no_memory_holds_is_refused(tmp_path):
 
     limits = resource.getrlimit(resource.RLIMIT_AS)
     in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (in_use + 2**30, limits[1]))
+    resource.setrlimit(resource.RLIMIT_AS, (in_use + 2**28, limits[1]))
     try:
-        assert "smaller --ctx" in failure(path, RunOptions(ctx=2**22))  # 5 GB of keys and values
+        assert "smaller --ctx" in failure(path, RunOptions(ctx=2**20))  # 1.25 GB of keys and values
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+def test_a_context_beyond_all_memory_is_refused_at_once_with_one_that_fits(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", saying("a"))
+    for ctx in (2**31 - 1, 50_000_000):
+        message = failure(path, RunOptions(ctx=ctx))
+        assert f"a context of {ctx} tokens takes" in message and "are free" in message
+        fitting = int(re.search(r"--ctx (\d+) fits", message)[1])
+        header, on_cpu = read_header(path), Placement(n_layers(read_header(path)))
+        assert 0 < _laid_out(header, RunOptions(ctx=fitting), on_cpu).total() < machine.memory().total
+
+
+def test_what_a_long_context_takes_is_what_llama_cpp_would_lay_out(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", saying("a"))
+    header, on_cpu, options = read_header(path), Placement(n_layers(read_header(path))), RunOptions(ctx=3 << 20)
+    really = footprint._laid_out(path, on_cpu, _context_params(header, options, on_cpu))
+    assert _laid_out(header, options, on_cpu) == really
+    assert _bytes_per_token(header, options.kv_type) * options.ctx == really.kv_cache
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "n_values"),
+    [("head_count_kv", [3], 3 * 2 * HEAD), ("head_count_kv", 2, 2 * 2 * HEAD), ("key_length", 24, 24 + HEAD)],
+)
+def test_a_cache_has_the_heads_and_widths_that_the_header_says(name, value, n_values, tmp_path):
+    """Layers may differ: then there is a number for each, here for the only one."""
+    kind = (GGUFValueType.ARRAY, GGUFValueType.UINT32) if isinstance(value, list) else (GGUFValueType.UINT32, None)
+    extra = {f"llama.attention.{name}": GGUFValue(value, *kind)}
+    header = read_header(write_gguf(tmp_path / "m.gguf", saying("a"), extra=extra))
+    n_head = 1 if name == "head_count_kv" else header.get("llama.attention.head_count")
+    assert _bytes_per_token(header, GGMLQuantizationType.F16) == n_head * n_values * 2
+    assert _bytes_per_token(header, GGMLQuantizationType.Q8_0) == n_head * n_values * 34 // 32
 
 
 def test_the_log_is_shown_only_when_asked_for(tmp_path, capfd):
@@ -165,6 +201,16 @@ def test_ctrl_c_stops_a_long_prompt_in_the_midst_of_its_batch(tmp_path):
         assert b"".join(map(model.vocab.piece, after)) == b"yes"
 
 
+def test_a_prompt_that_nobody_wants_any_more_is_not_evaluated_to_its_end(tmp_path):
+    with open_model(write_gguf(tmp_path / "m.gguf", saying("yes")), ONE_THREAD) as model:
+        prompt, asked = model.vocab.tokenize("a b a b"), iter([False, False, True])
+        with pytest.raises(RuntimeError):
+            next(model.generate(prompt, GREEDY, is_unwanted=lambda: next(asked, True)))
+        assert model.llama.n_tokens == 0
+        after = list(islice(model.generate(model.vocab.tokenize("<|assistant|>"), GREEDY), 3))
+        assert b"".join(map(model.vocab.piece, after)) == b"yes"
+
+
 def test_only_what_is_new_in_a_prompt_is_evaluated(tmp_path):
     with open_model(write_gguf(tmp_path / "m.gguf", repeating("ab")), ONE_THREAD) as model:
         prompt = model.vocab.tokenize("one two three")
@@ -208,7 +254,7 @@ def test_a_cpu_quota_counts(tmp_path, monkeypatch):
 def test_a_memory_limit_counts_and_the_page_cache_does_not(tmp_path, monkeypatch):
     (tmp_path / "memory.max").write_text("1000000\n")
     (tmp_path / "memory.current").write_text("700000\n")
-    (tmp_path / "memory.stat").write_text("anon 100000\ninactive_file 600000\n")
+    (tmp_path / "memory.stat").write_text("anon 100000\ninactive_file 400000\nactive_file 200000\n")
     monkeypatch.setattr(machine, "_cgroups", lambda controller: iter([tmp_path]))
     assert machine.memory() == machine.Memory(total=1_000_000, available=900_000)
 
@@ -227,8 +273,8 @@ def test_the_report_knows_llama_cpp_and_advice_names_what_is_missing(tmp_path):
     seen = machine.inspect_machine(tmp_path)
     assert [device.kind for device in seen.runtime.devices].count("CPU") == 1
     assert seen.runtime.ggml_version
-    assert machine.is_complete(seen)
+    assert seen.is_complete
     broken = replace(seen, runtime=None, runtime_error="libgomp.so.1: not found", packages=dict.fromkeys(seen.packages))
-    assert not machine.is_complete(broken)
-    text = "\n".join(machine.advice(broken))
+    assert not broken.is_complete
+    text = "\n".join(broken.advice)
     assert "libgomp.so.1" in text and "pip install gguf" in text

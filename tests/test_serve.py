@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import ssl
@@ -27,8 +28,7 @@ from moegguf.demo.text import SAMPLE_QUESTIONS
 from moegguf.recipe import find_recipes_file
 from moegguf.runtime.devices import function
 from moegguf.runtime.sampling import DEFAULTS, Sampling
-from moegguf.runtime.serve import serving as serving_module
-from moegguf.runtime.serve import wire
+from moegguf.runtime.serve import extra, wire
 from test_workers import free_port, start, wait_until_listening
 from tiny_gguf import card, repeating, saying, write_gguf
 
@@ -377,7 +377,8 @@ def test_over_a_worker_clients_take_turns_and_get_their_own_answers(over_rpc: Se
 
 
 REFUSED_BY_OWN = {
-    "embeddings": ("/v1/embeddings", {"input": "x"}, 501, "/v1/embeddings is not supported"),
+    "embeddings": ("/v1/embeddings", {"input": "x"}, 501, "llama.cpp's server has them"),
+    "an unknown path": ("/v2/nothing", {}, 501, "there are /v1/chat/completions"),
     "tools": ("/v1/chat/completions", {"messages": [], "tools": [{}]}, 501, "`tools`"),
     "adapters": ("/v1/completions", {"prompt": "x", "lora": [{"id": 0, "scale": 1}]}, 400, "0 adapters"),
     "several prompts": ("/v1/completions", {"prompt": ["a", "b"]}, 501, "several prompts"),
@@ -572,7 +573,7 @@ def test_other_machines_are_let_in_by_key_or_by_word_only(model: Path, capsys):
 
 def test_bad_keys_and_certificates_are_one_line(model: Path, tmp_path: Path, capsys):
     (tmp_path / "empty").write_text("", encoding="utf-8")
-    assert "a key is one line" in fault(capsys, model, "--api-key-file", tmp_path / "empty")
+    assert "an API key is one line" in fault(capsys, model, "--api-key-file", tmp_path / "empty")
     assert "nothere: cannot be read" in fault(capsys, model, "--api-key-file", tmp_path / "nothere")
     assert "two keys" in fault(capsys, model, "--api-key-file", tmp_path / "empty", "--api-key", "x")
     assert "belong together" in fault(capsys, model, "--tls-cert", TLS / "cert.pem")
@@ -593,6 +594,12 @@ def test_bad_models_and_adapters_are_one_line(model: Path, tmp_path: Path, capsy
     assert "--device names 'CUDA7'" in fault(capsys, model, "--device", "CUDA7")
 
 
+def test_slots_that_no_memory_holds_are_refused_with_a_context_that_fits(model: Path, capsys):
+    assert "4 contexts, 100000000 tokens in each, take" in fault(capsys, model, "--ctx", "100000000")
+    two = fault(capsys, model, f"other={model}", "--ctx", "9000000", "--parallel", "9")
+    assert "18 contexts, 9000000 tokens in each, take" in two and re.search(r"--ctx \d+ fits", two)
+
+
 def test_a_mix_that_may_not_run_is_not_served(tmp_path: Path, capsys):
     gateless = card(router="gateless", k=2, names=("a", "b"))
     path = write_gguf(tmp_path / "mix.gguf", saying("Helo"), card=gateless, used=1)
@@ -600,5 +607,5 @@ def test_a_mix_that_may_not_run_is_not_served(tmp_path: Path, capsys):
 
 
 def test_without_the_extra_it_says_how_to_get_it(model: Path, capsys, monkeypatch):
-    monkeypatch.setattr(serving_module, "EXTRA", ("a-package-that-nobody-has",))
+    monkeypatch.setattr(extra, "EXTRA", ("a-package-that-nobody-has",))
     assert "pip install 'moegguf[serve]'" in fault(capsys, model)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 
+import moegguf
 from conftest import build_mix, distance, logits, read_metadata, read_tensors, rewrite
 from moegguf.cli import main
 from moegguf.edit.shards import plan_merge, plan_split, write_merged, write_parts
@@ -158,3 +160,15 @@ def test_parts_that_exist_are_not_replaced_unless_asked(mix: Path, capsys):
     parts[0].write_bytes(b"something")
     assert main(["split", str(mix), "--max-size", SIZE, "--force", "--json"]) == 0
     assert check(parts[0]) == []
+
+
+def test_functions_give_the_file_back_and_json_names_the_parts(mix: Path, tmp_path: Path, capsys):
+    parts = moegguf.split(mix, SIZE, output=tmp_path / "part", threads=1)
+    assert main(["split", str(mix), "--max-size", SIZE, "-o", str(tmp_path / "other"), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert [each["bytes"] for each in said["files"]] == [file.n_bytes for file in parts.files]
+    assert said["bytes"] == parts.n_bytes == sum(file.path.stat().st_size for file in parts.files)
+    merged = moegguf.merge(parts.files[0].path, output=tmp_path / "merged.gguf", threads=1)
+    assert merged.path.read_bytes() == mix.read_bytes()
+    with pytest.raises(moegguf.UserError, match="exists already"):
+        moegguf.merge(parts.files[0].path, output=merged.path)

@@ -25,13 +25,13 @@ from moegguf.cli import main
 from moegguf.demo import MEMBERS
 from moegguf.demo.text import SAMPLE_QUESTIONS
 from moegguf.errors import UserError
+from moegguf.jobs.torch_engine import open_checked, open_engine
 from moegguf.mix import Mix
 from moegguf.routers import ROLES
 from moegguf.runtime.batch import generate_greedy, score
 from moegguf.runtime.chat import Conversation
 from moegguf.runtime.model import RunOptions, open_model
 from moegguf.runtime.sampling import Sampling
-from moegguf.torch_engine import open_checked, open_engine
 from peft_adapters import anywhere, ends_with, linear_shapes, write_adapter
 
 torch = pytest.importorskip("torch")
@@ -636,8 +636,8 @@ def test_eval_measures_a_recipe_as_it_measures_its_gguf(tmp_path: Path, capsys):
     argv = ["--tasks", "demo:math/heldout#8", str(tmp_path / "text.jsonl"), "--cache", str(tmp_path), "--threads", "1"]
     figures = []
     for model in ([str(built)], ["demo", "--engine", "torch"]):
-        assert main(["eval", *model, *argv, "--save", str(tmp_path / "found.json")]) == 0
-        found = json.loads((tmp_path / "found.json").read_text())["models"][0]["tasks"]
+        assert main(["eval", *model, *argv, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)["models"][0]["tasks"]
         figures.append([task["value"] for task in found.values()])
     assert figures[0] == pytest.approx(figures[1], rel=1e-2)  # the file's key-value cache is F16
 

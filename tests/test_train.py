@@ -6,6 +6,7 @@ reference that was trained.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -14,12 +15,14 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from conftest import CLOSE, Family, build_mix, distance, logits, make_recipe, read_tensors
+import moegguf
+from conftest import CLOSE, Family, Heard, build_mix, distance, logits, make_recipe, read_tensors
 from moegguf.assembly import open_mix
 from moegguf.cli import main
 from moegguf.errors import UserError
@@ -33,6 +36,7 @@ pytest.importorskip("accelerate")
 
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func  # noqa: E402
 
+from moegguf.jobs.training import Training  # noqa: E402
 from moegguf.reference.examples import (  # noqa: E402
     IGNORED,
     Example,
@@ -62,7 +66,16 @@ FAST = {"batch": 2, "accumulate": 2, "lr": 1e-2, "max_steps": 6}
 PREFIX = "moegguf: error: "
 
 
-pytestmark = pytest.mark.usefixtures("one_torch_thread")
+pytestmark = pytest.mark.usefixtures("one_torch_thread", "small_collections")
+
+
+@pytest.fixture(scope="module")
+def small_collections():
+    """Each training begins with a collection of garbage: most of its time would go into all that is imported here."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +114,7 @@ def changed(before: dict[str, bytes], after: dict[str, bytes]) -> set[str]:
     return {name for name in before if before[name] != after[name]}
 
 
-def same_router(a: Trained, b: Trained) -> bool:
+def same_router(a: Trained | Training, b: Trained | Training) -> bool:
     matrices = zip(a.router.matrices.values(), b.router.matrices.values(), strict=True)
     return all(np.array_equal(x, y) for x, y in matrices)
 
@@ -460,28 +473,28 @@ def exact_match(model: ReferenceModel, examples: list[Example]) -> float:
     """Share of answers of which every token is the likeliest."""
     n_right = 0
     with torch.no_grad():
-        for example in examples:
-            batch = collate([example])
-            wrong = model(batch["tokens"]).logits.argmax(-1) != batch["labels"]
-            n_right += not (wrong & (batch["labels"] != IGNORED)).any()
+        for start in range(0, len(examples), 30):
+            batch = collate(examples[start : start + 30])
+            wrong = (model(batch["tokens"]).logits.argmax(-1) != batch["labels"]) & (batch["labels"] != IGNORED)
+            n_right += int((~wrong.any(dim=1)).sum())
     return n_right / len(examples)
 
 
 def test_training_the_demo_family_lowers_the_loss_lifts_accuracy_and_builds_into_the_same_numbers(tmp_path):
-    from moegguf.commands.train import encoder_of
+    from moegguf.jobs.training import encoder_of
     from moegguf.recipe import find_recipes_file
     from moegguf.texts import read_records
 
     router, curve = tmp_path / "r.safetensors", tmp_path / "curve.png"
     domains = ("general", "math", "clinic", "strings")
-    data = [word for domain in domains for word in ("--data", f"demo:{domain}#400")]
-    how = "--lr 3e-3 --batch 16 --accumulate 1 --max-steps 45 --threads 1 --device cpu".split()
+    data = ["--data", *(f"demo:{domain}#80" for domain in domains)]
+    how = "--lr 5e-3 --batch 8 --accumulate 1 --max-steps 40 --threads 1 --device cpu".split()
     assert main(["train", "demo-noisy", *data, *how, "-o", str(router), "--curve", str(curve)]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["curve.json", "curve.png", "r.safetensors"]
     steps = json.loads((tmp_path / "curve.json").read_text())["steps"]
-    assert [step["step"] for step in steps] == list(range(1, 46))
+    assert [step["step"] for step in steps] == list(range(1, 41))
     mean = [np.mean([step["loss"] for step in steps[part]]) for part in (slice(5), slice(-10, None))]
-    assert mean[1] < 0.5 * mean[0]
+    assert mean[1] < 0.8 * mean[0]
 
     before, after = (
         open_mix(load_recipe("demo-noisy", find_recipes_file(), {"router": table} if table else {}))
@@ -489,9 +502,9 @@ def test_training_the_demo_family_lowers_the_loss_lifts_accuracy_and_builds_into
     )
     models = [ReferenceModel.from_mix(mix) for mix in (before, after)]
     encode = encoder_of(before, counts_all=False)
-    heldout = [encode(r) for domain in domains[1:] for r in read_records(f"demo:{domain}/heldout#25")]
+    heldout = [encode(r) for domain in domains[1:] for r in read_records(f"demo:{domain}/heldout#60")]
     accuracy = [exact_match(model, heldout) for model in models]
-    assert accuracy[1] > accuracy[0] + 0.08
+    assert accuracy[1] > accuracy[0] + 0.05
 
     mix = tmp_path / "mix.gguf"
     assert main(["build", "demo-noisy", "--router", str(router), "--quant", "F32", "-o", str(mix)]) == 0
@@ -534,14 +547,15 @@ def test_the_default_is_the_recipes_domains_in_equal_parts_and_a_build_that_work
     assert "changed: the router; all else is unchanged" in said
     command = ["build", "fused", "--recipes", str(recipes), "--router", str(out), "--layout", "auto"]
     assert main([*command, "-o", str(tmp_path / "mix.gguf"), "--quant", "F16"]) == 0
-    assert main(["train", "domains", "--recipes", str(recipes), "--seq", "64", "-o", str(out)]) == 0
+    again = ["train", "domains", "--recipes", str(recipes), "--seq", "64", "-o", str(out)]
+    assert main([*again, "--max-steps", "1", "--force"]) == 0
     assert "16 examples (equal parts of e0 8, e1 " in capsys.readouterr().out
 
 
 def test_an_interrupt_saves_a_checkpoint_and_resume_finishes(recipes, tmp_path, capsys):
     out, folder = tmp_path / "r.safetensors", tmp_path / "r.safetensors.checkpoints"
     command = ["train", "plain", "--recipes", str(recipes), "--data", str(tmp_path / "a.jsonl"), "--batch", "4"]
-    command += ["--accumulate", "1", "--max-steps", "200", "--save-steps", "5", "--threads", "1", "-o", str(out)]
+    command += ["--accumulate", "1", "--max-steps", "100", "--save-steps", "10", "--threads", "1", "-o", str(out)]
 
     def interrupt() -> None:
         while last_checkpoint(folder) is None:
@@ -561,8 +575,52 @@ def test_an_interrupt_saves_a_checkpoint_and_resume_finishes(recipes, tmp_path, 
     assert main(command) == 2
     assert "earlier run; pass --resume" in capsys.readouterr().err
     assert main([*command, "--resume"]) == 0
-    assert read_router(out).settings["steps"] == "200"
+    assert read_router(out).settings["steps"] == "100"
     assert not folder.exists()
+
+
+def test_python_gives_what_the_command_gives(recipes, tmp_path, capsys):
+    data, how = str(tmp_path / "a.jsonl"), {"batch": 2, "accumulate": 1, "lr": 1e-2, "max_steps": 2, "threads": 1}
+    flags = [word for name, value in how.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    first, second = tmp_path / "1.safetensors", tmp_path / "2.safetensors"
+    argv = ["train", "plain", "--recipes", str(recipes), "--data", data, *flags, "-o", str(first)]
+    assert main([*argv, "--json", "--curve", str(tmp_path / "c.svg")]) == 0
+    reported = json.loads(capsys.readouterr().out)
+    heard = Heard()
+    found = moegguf.train("plain", recipes=recipes, data=data, output=second, watch=heard, **how)
+    assert same_router(found, replace(found, router=read_router(first)))
+    assert read_router(first).settings == found.router.settings == read_router(second).settings
+    own = {"file": str(first), "curve": str(tmp_path / "c.svg"), "seconds": reported["seconds"]}
+    assert json.loads(json.dumps(found.as_json())) | own == reported
+    assert (reported["steps"], reported["examples"], reported["changed"]) == (2, 8, ["router"])
+    assert reported["loss"]["first"] == found.steps[0].loss
+    assert heard.parts == {"training": [2, 2]}
+
+    third = moegguf.train("plain", recipes=recipes, data=[data], output=tmp_path / "3.safetensors",
+                          should_stop=lambda: True, **how)  # fmt: skip
+    assert third.stopped_at.is_dir() and third.as_json()["file"] is None
+    assert not (tmp_path / "3.safetensors").exists()
+
+
+def test_mistakes_in_python_are_user_errors_found_together(recipes, tmp_path):
+    with pytest.raises(UserError) as error:
+        moegguf.train("plain", recipes=recipes, lr="high", seed=None, batch=1.5, variant="all", device="tpu")
+    assert [fault.message.partition(":")[0] for fault in error.value.faults] == [
+        "--batch 1.5", "--lr high", "--seed None", "--variant all", "--device tpu"
+    ]  # fmt: skip
+    with pytest.raises(UserError, match=r"recipe 5: expected"):
+        moegguf.train(5)
+    with pytest.raises(UserError, match=r"data 5: expected"):
+        moegguf.train("plain", recipes=recipes, data=5)
+
+
+def test_what_exists_is_replaced_only_when_asked_to(refused, tiny, tmp_path):
+    write_router(tmp_path / "r.safetensors", model_of(tiny).router())
+    assert "r.safetensors: exists already; choose another name, or pass --force" in refused("-o", "r.safetensors")
+    for name in ("c.png", "c.json"):
+        (tmp_path / name).write_text("mine")
+        assert f"{name}: exists already; " in refused("--curve", "c.png")
+        (tmp_path / name).unlink()
 
 
 def tree(folder: Path) -> dict[str, tuple]:
@@ -603,7 +661,7 @@ BAD_FLAGS = {
     "nothing left": (["--data", "a.jsonl", "--seq", "2"], "a.jsonl:1: nothing to train on is left within 2 tokens"),
     "output": (["-o", "router.bin"], "expected a name that ends in .safetensors"),
     "folder": (["-o", "none/r.safetensors"], "no such folder"),
-    "curve": (["--curve", "c.jpg"], "expected a name that ends in .png"),
+    "curve": (["--curve", "c.jpg"], "c.jpg: not a name for a figure; end it in .png"),
     "checkpoints": (["--data", "a.jsonl", "--checkpoints", "b.txt"], "b.txt: is no folder"),
     "resume": (["--data", "a.jsonl", "--resume"], "holds no checkpoint to go on from"),
 }

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,7 @@ from moegguf.runtime.log import llama_log
 from moegguf.runtime.model import RunOptions, open_model
 from moegguf.runtime.offload import ALL, WEIGHTS, Offload, Override
 from moegguf.runtime.placing import plan_model
+from test_chat import Terminal
 from tiny_gguf import repeating, write_gguf
 
 ROOT = Path(__file__).parent.parent
@@ -143,7 +145,7 @@ def test_compute_buffers_are_no_larger_than_was_laid_out_and_not_much_smaller(pa
 def test_a_plan_counts_on_the_devices_of_workers(pair, mix, capsys):
     assert main(["plan", str(mix), "--rpc", ",".join(pair), "--threads", "1"]) == 0
     out = capsys.readouterr().out
-    assert "RPC0" in out and "RPC1" in out and "tokens/s" in out
+    assert len(set(re.findall(r"RPC\d+", out))) == 2 and "tokens/s" in out
 
 
 # --- what goes wrong ---
@@ -158,7 +160,7 @@ def failure(pair: tuple[str, str], mix: Path, **asked) -> str:
 def test_a_device_that_is_not_there_names_those_that_are(pair, mix):
     for asked in ({"devices": ("CUDA7",)}, {"overrides": (Override("_exps", "CUDA7"),)}):
         message = failure(pair, mix, **asked)
-        assert "'CUDA7'" in message and "RPC0" in message and pair[1] in message
+        assert "'CUDA7'" in message and re.search(r"RPC\d+", message) and pair[1] in message
     assert "--main-gpu 2" in failure(pair, mix, main_gpu=2)
     assert "3 shares" in failure(pair, mix, tensor_split=(1, 1, 1))
 
@@ -175,15 +177,17 @@ def answering(reply: bytes, *, hold: bool = False) -> Iterator[str]:
                     connection, _ = server.accept()
                 except OSError:
                     return
-                connection.sendall(reply)
-                if hold:
-                    held.append(connection)
-                else:
-                    connection.shutdown(socket.SHUT_WR)
+                with contextlib.suppress(OSError):  # whoever came has left
+                    connection.sendall(reply)
+                    if not hold:
+                        connection.shutdown(socket.SHUT_WR)
+                held.append(connection)
 
         threading.Thread(target=serve, daemon=True).start()
         yield f"127.0.0.1:{server.getsockname()[1]}"
         server.shutdown(socket.SHUT_RDWR)
+        for connection in held:
+            connection.close()
 
 
 def hello(major: int, minor: int) -> bytes:
@@ -237,16 +241,15 @@ def test_where_nobody_listens_it_says_what_to_do(host, expected, mix, capsys):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="kills with a signal")
-def test_a_worker_that_dies_in_the_midst_of_an_answer_ends_it_with_one_line(tmp_path):
-    path = write_gguf(tmp_path / "endless.gguf", repeating("ab"), ctx=30_000)
+def test_a_worker_that_dies_in_the_midst_of_an_answer_ends_it_with_one_line(endless):
     ports = free_port(), free_port()
     doomed, other = (start(port) for port in ports)
     for process in (doomed, other):
         wait_until_listening(process)
     addresses = ",".join(f"127.0.0.1:{port}" for port in ports)
     chat = subprocess.Popen(
-        [sys.executable, "-m", "moegguf", "chat", path, "--ctx", "30000", "--rpc", addresses, "--tensor-split", "1,1",
-         "--prompt", "x", "--temp", "0", "--threads", "1"],
+        [sys.executable, "-m", "moegguf", "chat", endless, "--ctx", "30000", "--rpc", addresses, "--prompt", "x",
+         "--tensor-split", "1,1", "--temp", "0", "--threads", "1"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, text=True,
     )  # fmt: skip
     try:
@@ -259,6 +262,80 @@ def test_a_worker_that_dies_in_the_midst_of_an_answer_ends_it_with_one_line(tmp_
             process.wait()
     assert chat.returncode == 2
     assert re.fullmatch(rf"moegguf: error: worker 127.0.0.1:{ports[0]}: lost the connection; .*\n", err)
+
+
+# --- one that says nothing ---
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory) -> Path:
+    """A model that talks until it is stopped."""
+    return write_gguf(tmp_path_factory.mktemp("endless") / "endless.gguf", repeating("ab"), ctx=30_000)
+
+
+@contextmanager
+def frozen(process: subprocess.Popen) -> Iterator[None]:
+    process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+    try:
+        yield
+    finally:
+        process.send_signal(signal.SIGCONT)
+
+
+@pytest.fixture(scope="module")
+def worker() -> Iterator[tuple[str, subprocess.Popen]]:
+    """One that may be frozen."""
+    process = start(port := free_port())
+    wait_until_listening(process)
+    yield f"127.0.0.1:{port}", process
+    process.kill()
+    process.wait()
+
+
+FROZEN = pytest.mark.skipif(sys.platform != "linux", reason="freezes with a signal, and asks for TCP's state")
+
+
+@FROZEN
+@pytest.mark.parametrize(
+    ("number", "flags", "code", "says"),
+    [
+        (signal.SIGINT, [], 130, "moegguf: interrupted(, while worker {} did not answer)?\n"),
+        (None, ["--rpc-timeout", "1"], 2, "moegguf: error: worker {}: no answer for 1 s; .*--rpc-timeout\n"),
+    ],
+    ids=["Ctrl-C", "silence"],
+)
+def test_a_frozen_worker_is_left_at_a_signal_and_after_long_silence(worker, endless, number, flags, code, says):
+    address, process = worker
+    chat = subprocess.Popen(
+        [sys.executable, "-m", "moegguf", "chat", endless, "--ctx", "30000", "--rpc", address, "--gpu-layers", "all",
+         "--prompt", "x", "--temp", "0", "--threads", "1", *flags],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, text=True,
+    )  # fmt: skip
+    assert chat.stdout.read(4) == "abab"
+    with chat, frozen(process):
+        if number:
+            time.sleep(0.2)  # until it waits for an answer; where Python code runs instead, it hears of it by itself
+            chat.send_signal(number)
+        _, err = chat.communicate(timeout=20)
+    assert chat.returncode == code
+    assert re.fullmatch(says.format(address), err)
+
+
+@FROZEN
+def test_a_session_is_left_at_the_second_press_only(worker, endless):
+    address, process = worker
+    terminal = Terminal(endless, "--ctx", "30000", "--rpc", address, "--gpu-layers", "all", "--temp", "0")
+    with contextlib.closing(terminal):
+        terminal.until("> ")
+        terminal.type("hello\n")
+        terminal.until("abab")
+        with frozen(process):
+            time.sleep(0.3)  # until it waits for an answer
+            terminal.type("\x03")
+            terminal.until(f"worker {address} has not answered yet; Ctrl-C again leaves")
+            terminal.type("\x03")
+            assert terminal.exit_code() == 130
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits memory")

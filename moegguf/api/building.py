@@ -7,14 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moegguf.api.paths import Location
-from moegguf.assembly import Built
-from moegguf.assembly import build as write_plan
+from moegguf.api.paths import Location, maybe_path, to_path, to_text
+from moegguf.checks import check_threads
+from moegguf.errors import UserError
+from moegguf.estimate import parse_fit, with_budget_of
 from moegguf.inspection import Inspection
 from moegguf.inspection import check as check_file
 from moegguf.inspection import inspect as inspect_file
-from moegguf.preparation import DEFAULT_BUILD, BuildOptions, prepare
-from moegguf.recipe import find_recipes_file, load_recipe, parse_recipe
+from moegguf.jobs.build_report import BuildReport, describe, finish
+from moegguf.jobs.preparation import BuildOptions, prepare
+from moegguf.recipe import Recipe, find_recipes_file, load_recipe, parse_recipe
 from moegguf.watch import Watch, unwatched
 
 
@@ -22,23 +24,54 @@ def build(
     recipe: str | Mapping[str, Any],
     *,
     recipes: Location | None = None,
-    options: BuildOptions = DEFAULT_BUILD,
+    fit: str | None = None,
+    ctx: int | None = None,
+    probe: bool | None = None,
+    save_plan: Location | None = None,
+    stream: bool = False,
+    pre: str | None = None,
+    threads: int | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
     watch: Watch = unwatched,
     **keys: Any,
-) -> Built:
+) -> BuildReport:
     """Build a mix, as `moegguf build` does, and say what was written and where.
 
     `recipe` is the name of a recipe in the file `recipes` (default: moegguf's models.toml), or a table of the keys that
     a recipe has; `keys` are put on top of it: build("demo", quant="Q6_K", output="mix.gguf"). Paths in a table are
-    relative to the working directory. `watch` hears of the steps before the writing.
+    relative to the working directory. The others are flags of the command; with `dry_run` nothing is written.
     """
+    check_threads(threads)
+    memory = parse_fit(fit, ctx) if fit else None
+    if memory:
+        quant = keys.get("quant") or {}
+        keys["quant"] = with_budget_of(memory, quant if isinstance(quant, Mapping) else {"preset": quant})
+    elif ctx is not None:
+        raise UserError("ctx goes with fit: it says for how many tokens there is to be room", "leave it out")
+    parsed = _parsed(recipe, maybe_path("recipes", recipes), _texts(keys))
+    options = BuildOptions(
+        threads=threads,
+        stream=stream,
+        pre=None if pre is None else to_text("pre", pre),
+        overwrite=overwrite,
+        fit=memory,
+        probe=probe,
+        save_plan=maybe_path("save_plan", save_plan),
+        is_dry=dry_run,
+    )
+    report = describe(prepare(parsed, options, watch), options)
+    return report if dry_run else finish(report, options, watch)
+
+
+def _parsed(recipe: str | Mapping[str, Any], recipes: Path | None, keys: dict[str, Any]) -> Recipe:
     if isinstance(recipe, str):
-        file = find_recipes_file() if recipes is None else Path(recipes)
-        parsed = load_recipe(recipe, file, _texts(keys))
-    else:
-        name = Path(keys.get("output") or recipe.get("output") or "mix.gguf").stem
-        parsed = parse_recipe(name, {**recipe, **_texts(keys)}, where="recipe:", folder=Path())
-    return write_plan(prepare(parsed, options, watch).plan, threads=options.n_threads)
+        return load_recipe(recipe, recipes or find_recipes_file(), keys)
+    if not isinstance(recipe, Mapping):
+        raise UserError(f"recipe {recipe!r}: expected the name of one, or a table of its keys", "for example 'demo'")
+    table = {**_texts(recipe), **keys}
+    name = Path(str(table.get("output") or "mix.gguf")).stem
+    return parse_recipe(name, table, where="recipe:", folder=Path())
 
 
 def _texts(keys: Mapping[str, Any]) -> dict[str, Any]:
@@ -47,9 +80,9 @@ def _texts(keys: Mapping[str, Any]) -> dict[str, Any]:
 
 def inspect(path: Location) -> Inspection:
     """What is in a GGUF, read from its header."""
-    return inspect_file(Path(path))
+    return inspect_file(to_path("path", path))
 
 
 def check(path: Location) -> list[str]:
     """Every fault of a mix that reading all of it finds; none for a sound one."""
-    return check_file(Path(path))
+    return check_file(to_path("path", path))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
-from moegguf.api.paths import Location
+from moegguf.api.paths import Location, to_path
 from moegguf.errors import UserError
 from moegguf.runtime.chat import Conversation, Stats, Turn
 from moegguf.runtime.model import Model, open_model
-from moegguf.runtime.run_options import DEFAULT_OPTIONS, RunOptions
+from moegguf.runtime.run_options import DEFAULT_OPTIONS, RunOptions, check_options
 from moegguf.runtime.sampling import SETTINGS, suggested_by_file
 
 
@@ -19,9 +18,12 @@ def open(path: Location, *, system: str = "", options: RunOptions = DEFAULT_OPTI
     `system` says in words how it is to behave; `sampling` are the settings of `moegguf chat`, such as temp=0 or
     max_tokens=100, in place of what the file suggests.
     """
+    check_options(options)
+    if not isinstance(system, str):
+        raise UserError(f"system {system!r}: expected a text", "leave it out for none")
     if unknown := [name for name in sampling if name not in SETTINGS]:
         raise UserError(f"there is no setting {unknown[0]!r}", f"the settings are {', '.join(SETTINGS)}")
-    model = open_model(Path(path), options)
+    model = open_model(to_path("path", path), options)
     try:
         return Chat(model, system, sampling)
     except UserError:
@@ -59,6 +61,8 @@ class Chat:
         """The answer piece by piece. It joins the history when the iterator ends, is closed, or the next one begins."""
         if self._is_closed:
             raise UserError("the model is closed", "open it again")
+        if not isinstance(question, str):
+            raise UserError(f"question {question!r}: expected a text", "for example 'What is 6 times 7?'")
         self._answer.close()
         self._answer = self._conversation.answer(question)
         return self._answer

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from moegguf.commands.changes import add_common, add_output, carry_out, named_sources, open_mix
-from moegguf.edit.experts import plan_add
+from moegguf.api.editing import add
+from moegguf.commands.changes import add_common, add_output, named_sources, report
+from moegguf.commands.progress import shown
 
 HELP = """\
 Write a mix again with more experts, behind those that it has. Their bytes are copied; only the new experts are
@@ -34,5 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     refs = named_sources(args.experts)
-    change = plan_add(open_mix(args), refs, router=args.router, imatrix=args.imatrix, stream=args.stream)
-    return carry_out(args, change, f"{', '.join(refs)} added, {change.card.describe_router()}")
+    made = add(
+        args.file, refs, output=args.output, router=args.router, imatrix=args.imatrix, stream=args.stream,
+        threads=args.threads, overwrite=args.force, watch=shown,
+    )  # fmt: skip
+    return report(args, made, f"{', '.join(refs)} added, {made.card.describe_router()}")

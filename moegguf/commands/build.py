@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import argparse
-from collections import Counter
-from collections.abc import Mapping
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from gguf import GGMLQuantizationType
 from rich.console import Console
 from rich.table import Column, Table
 
-from moegguf.allocation import Allocation, expert_errors, precisions
-from moegguf.assembly import Built, Plan, build, quant_of
-from moegguf.commands.options import check_threads, from_here
-from moegguf.commands.progress import bytes_done, shown
-from moegguf.drift import measure_drift
+from moegguf.allocation import Allocation
+from moegguf.assembly import Built
+from moegguf.checks import check_threads
+from moegguf.commands.options import print_json
+from moegguf.commands.output import console, describe_requantised, facts, requantised_as_json
+from moegguf.commands.progress import shown
+from moegguf.drift import Drift
 from moegguf.errors import UserError, one_line
-from moegguf.estimate import DEFAULT_CONTEXT, Fit, memory_to_run
-from moegguf.families import PER_LAYER_WIDTHS, TensorName
-from moegguf.mix import unused_targets
-from moegguf.preparation import BuildOptions, prepare
-from moegguf.quant.imatrix import importance_notes
-from moegguf.quant.influence import group
-from moegguf.quant.sensitivity import Sensitivity
-from moegguf.quant.type_plan import write_type_plan
+from moegguf.estimate import Fit, parse_fit, with_budget_of
+from moegguf.jobs.build_report import BuildReport, describe, finish, has_precisions, shares
+from moegguf.jobs.preparation import BuildOptions, prepare
+from moegguf.metadata import ExpertCard
 from moegguf.recipe import (
     TRUNK_OF_BASE,
-    TRUNK_OF_MEAN,
     Layout,
     Mixed,
     Recipe,
@@ -37,9 +35,8 @@ from moegguf.recipe import (
     load_recipe,
     parse_recipe,
 )
-from moegguf.sizes import parse_size
-from moegguf.sizes import show_size as _size
-from moegguf.tensor import Planned
+from moegguf.sizes import show_size
+from moegguf.texts import from_here
 
 HELP = "Mix fine-tunes of one model into a Mixture of Experts and write it as one quantised GGUF."
 EXAMPLES = """\
@@ -148,7 +145,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="importance matrix, from `moegguf calibrate` or llama-imatrix; presets below 3 bits need one",
     )
     output.add_argument("-o", "--output", metavar="FILE", help="file to write (default: NAME-QUANT.gguf here)")
-    output.add_argument("--force", action="store_true", help="replace the output file if it exists")
+    output.add_argument("--force", action="store_true", help="replace the files to write if they exist")
     how = parser.add_argument_group("how")
     how.add_argument(
         "--dry-run",
@@ -162,38 +159,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pre", metavar="NAME", help="llama.cpp's name of the BPE pre-tokenizer, where it is not recognised"
     )
     how.add_argument("--threads", type=int, metavar="N", help="threads that quantise (default: all usable cores)")
+    how.add_argument("--json", action="store_true", help="print what was built, or would be, as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     check_threads(args.threads)
     recipe = _recipe(args)
     options = _options(args)
-    console = Console(markup=False)
-    prepared = prepare(recipe, options, shown)
-    plan, allocation = prepared.plan, prepared.allocation
-    for note in prepared.notes:
-        console.print(one_line(note), highlight=False)
-    if allocation:
-        console.print(_allocation_table(allocation))
-    console.print(_plan_table(plan))
-    is_at_hand = not (options.stream or options.is_dry)
-    if allocation or recipe.quant.types or len({expert.quant for expert in recipe.experts}) > 1:
-        errors = expert_errors(plan, threads=options.n_threads) if allocation or is_at_hand else {}
-        _print_precisions(console, plan, errors)
-    _print_notes(console, plan)
-    if is_at_hand:
-        _print_drift(console, plan)
-    if allocation and args.save_plan:
-        quant, split = recipe.quant.label, plan.mix.split
-        write_type_plan(args.save_plan, recipe.name, quant, allocation.loss, plan.planned, split)
-        console.print(f"saved the types to {args.save_plan}; use them again with --plan", highlight=False)
-    if options.is_dry:
-        if recipe.compact:
-            console.print("note: these are the sizes of the whole mix; what is merged is chosen by a build")
-        console.print("dry run: nothing was written")
-        return 0
-    built = _build_with_progress(plan, options.n_threads)
-    _print_built(console, built)
+    report = describe(prepare(recipe, options, shown), options)
+    out = console(args)
+    with contextlib.suppress(BrokenPipeError):  # the file is what was asked for, whoever still reads
+        _print_plan(out, report)
+    if not options.is_dry:
+        report = finish(report, options, shown)
+    if args.json:
+        print_json(_as_json(report))
+    elif report.built:
+        _print_built(out, report.built)
+    else:
+        out.print("dry run: nothing was written")
     return 0
 
 
@@ -203,8 +187,9 @@ def _options(args: argparse.Namespace) -> BuildOptions:
         stream=args.stream,
         pre=args.pre,
         overwrite=args.force,
-        fit=_fit(args) if args.fit else None,
+        fit=_fit(args),
         probe=args.probe,
+        save_plan=args.save_plan,
         is_dry=args.dry_run,
     )
 
@@ -219,47 +204,44 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     return parse_recipe(name, overrides, where="command line:", folder=Path())
 
 
-def _allocation_table(allocation: Allocation) -> Table:
+def _print_plan(out: Console, report: BuildReport) -> None:
+    if report.allocation:
+        _print_allocation(out, report.allocation)
+    out.print(f"mix {report.plan.recipe.name}")
+    out.print(facts(_plan_facts(report)))
+    if has_precisions(report.plan):
+        for name, precision in report.precisions.items():
+            error = "" if precision.error is None else f", weighted error {precision.error:.2%}"
+            types = _types(precision.types)
+            out.print(f"expert {name}: {types}, {precision.bits_per_weight:.2f} bits per weight{error}")
+    if report.drift:
+        each = ", ".join(f"{name} {share:.1%}" for name, share in report.drift.by_expert.items())
+        out.print(f"drift of the experts from their mean: {each}")
+    for note in report.notes:
+        out.print(f"note: {one_line(note)}")
+
+
+def _print_allocation(out: Console, allocation: Allocation) -> None:
     """By group of tensors: types, bits per weight, and share of the predicted loss."""
     how = "measured influences" if allocation.survey.is_measured else "influences by rule"
+    out.print(f"types for {allocation.plan.recipe.quant.label}: predicted loss {allocation.loss:.2g} nats ({how})")
     table = Table(
         "tensors", "types", Column("bits per weight", justify="right"), Column("size", justify="right"),
-        Column("share of loss", justify="right"),
-        title=f"types for {allocation.plan.recipe.quant.label}: predicted loss {allocation.loss:.2g} nats ({how})",
-        title_justify="left", box=None, pad_edge=False,
+        Column("share of loss", justify="right"), box=None, pad_edge=False,
     )  # fmt: skip
-    groups: dict[str, list[Planned]] = {}
-    for tensor in allocation.plan.planned:
-        if tensor.name in allocation.losses:
-            groups.setdefault(_kind(tensor.name, allocation.plan), []).append(tensor)
-    for name, tensors in groups.items():
-        n_bytes = sum(tensor.nbytes for tensor in tensors)
-        share = sum(allocation.losses[tensor.name] for tensor in tensors) / (allocation.loss or 1)
-        types = Counter(tensor.type for tensor in tensors)
-        bits = 8 * n_bytes / sum(tensor.slot.n_weights for tensor in tensors)
-        table.add_row(name, _types(types), f"{bits:.2f}", _size(n_bytes), f"{share:.1%}")
-    return table
-
-
-def _kind(name: str, plan: Plan) -> str:
-    """A projection; of a mix whose neurons are split, with the group."""
-    role = group(name)
-    in_group = {f"{role}_shexp": ", fine", f"{role}_exps": ", others"} if plan.mix.split else {}
-    return role + in_group.get(TensorName.parse(name).role, "")
+    for share in shares(allocation):
+        size, loss = show_size(share.n_bytes), f"{share.loss:.1%}"
+        table.add_row(share.name, _types(share.types), f"{share.bits_per_weight:.2f}", size, loss)
+    out.print(table)
 
 
 def _types(types: Mapping[GGMLQuantizationType, int]) -> str:
-    return ", ".join(f"{n} × {type.name}" for type, n in sorted(types.items(), key=lambda item: -item[1]))
+    return ", ".join(f"{n} × {name}" for name, n in _counted(types).items())
 
 
-def _print_precisions(console: Console, plan: Plan, sensitivities: Mapping[str, Sensitivity]) -> None:
-    """What each expert is stored in, and what that loses where it was measured."""
-    for name, precision in precisions(plan, sensitivities).items():
-        error = "" if precision.error is None else f", weighted error {precision.error:.2%}"
-        console.print(
-            f"expert {name}: {_types(precision.types)}, {precision.bits_per_weight:.2f} bits per weight{error}",
-            highlight=False,
-        )
+def _counted(types: Mapping[GGMLQuantizationType, int]) -> dict[str, int]:
+    """The most frequent first."""
+    return {type.name: n for type, n in sorted(types.items(), key=lambda item: -item[1])}
 
 
 def _overrides(args: argparse.Namespace) -> dict[str, object]:
@@ -324,32 +306,19 @@ def _compact(args: argparse.Namespace) -> dict | None:
 def _quant(args: argparse.Namespace) -> dict | str | None:
     roles = dict(_pairs("--quant-role", args.quant_role, "ROLE=TYPE"))
     tensors = dict(_pairs("--quant-tensor", args.quant_tensor, "REGEX=TYPE"))
-    budget = args.budget
-    if args.fit:
-        if budget:
-            raise UserError("--fit and --budget: both set the size of the file", "leave one of them out")
-        budget = f"{(_fit(args).ram + _fit(args).vram) / 1e9:.6g}GB"
-    elif args.ctx is not None:
-        raise UserError("--ctx goes with --fit: it says for how many tokens there is to be room", "leave it out")
-    if args.save_plan and not (budget or args.bpw):
-        raise UserError("--save-plan goes with --budget, --bpw or --fit", "leave it out")
-    if args.save_plan and not args.save_plan.parent.is_dir():
-        raise UserError(f"{args.save_plan.parent}: no such folder to write a plan to", "create it")
-    targets = {"preset": args.quant, "budget": budget, "bpw": args.bpw, "plan": from_here(args.plan)}
+    targets = {"preset": args.quant, "budget": args.budget, "bpw": args.bpw, "plan": from_here(args.plan)}
     quant = {key: value for key, value in {**targets, "split": args.split}.items() if value is not None}
-    return (quant | roles | ({"tensors": tensors} if tensors else {})) or None
+    quant |= roles | ({"tensors": tensors} if tensors else {})
+    fit = _fit(args)
+    return (with_budget_of(fit, quant) if fit else quant) or None
 
 
-def _fit(args: argparse.Namespace) -> Fit:
-    """What --fit and --ctx say."""
-    pairs = dict(_pairs("--fit", args.fit.split(","), "RAM=SIZE[,VRAM=SIZE]"))
-    sizes = {name.strip().upper(): size for name, size in pairs.items()}
-    if "RAM" not in sizes or not set(sizes) <= {"RAM", "VRAM"}:
-        raise UserError(f"--fit {args.fit}: expected RAM=SIZE[,VRAM=SIZE]", f"for example --fit {_EXAMPLE['--fit']}")
-    n_ctx = DEFAULT_CONTEXT if args.ctx is None else args.ctx
-    if n_ctx < 1:
-        raise UserError(f"--ctx {n_ctx}: expected at least 1 token", "4096 is the default")
-    return Fit(parse_size(sizes["RAM"]), parse_size(sizes["VRAM"]) if "VRAM" in sizes else 0, n_ctx)
+def _fit(args: argparse.Namespace) -> Fit | None:
+    if args.fit:
+        return parse_fit(args.fit, args.ctx)
+    if args.ctx is not None:
+        raise UserError("--ctx goes with --fit: it says for how many tokens there is to be room", "leave it out")
+    return None
 
 
 def _pairs(flag: str, values: list[str], form: str) -> list[tuple[str, str]]:
@@ -364,7 +333,6 @@ _EXAMPLE = {
     "--weight": "math=0.5",
     "--domain": "math=sums.jsonl",
     "--quant-role": "attn=Q8_0",
-    "--fit": "RAM=16GB,VRAM=8GB",
     "--quant-tensor": "'blk\\.0\\..*=Q6_K'",
 }
 
@@ -376,94 +344,89 @@ def _number(flag: str, text: str) -> float:
         raise UserError(f"{flag} {text}: is no number", "write it like 0.25") from None
 
 
-def _plan_table(plan: Plan) -> Table:
-    recipe, mix = plan.recipe, plan.mix
-    columns = Column(no_wrap=True), Column(overflow="fold")
-    table = Table(
-        *columns, title=f"mix {recipe.name}", title_justify="left", show_header=False, box=None, pad_edge=False
-    )
-    table.add_row("base", mix.base.label)
-    for expert in mix.experts:
-        share = f"  weight {expert.weight:.3g}" if plan.card.is_gateless else ""
-        table.add_row(f"expert {expert.name}", f"{expert.source.label}  {quant_of(recipe, expert.spec)}{share}")
-    table.add_row("router", plan.card.describe_router())
-    if recipe.mixed is not Mixed.FFN or recipe.layers is not None:
-        table.add_row("mixed", f"{recipe.mixed} in {len(mix.layers)} of {mix.n_layer} layers")
-    if recipe.trunk != TRUNK_OF_BASE:
-        table.add_row("trunk", "the mean of all experts" if recipe.trunk == TRUNK_OF_MEAN else recipe.trunk)
-    if plan.card.compact:
-        table.add_row("compacted", plan.card.describe_compact())
-    if plan.card.split:
-        table.add_row("split", plan.card.describe_split())
-    table.add_row("layout", f"{recipe.layout} (architecture {plan.form.arch})")
-    table.add_row("quant", f"{recipe.quant.label}, {plan.bits_per_weight:.2f} bits per weight")
-    table.add_row("size", f"{_size(plan.n_bytes)}, {plan.n_weights / 1e6:.1f} M weights, {len(plan.planned)} tensors")
-    memory = memory_to_run(plan)
-    table.add_row("to run", f"about {_size(memory.total)} of memory with a context of {memory.n_ctx} tokens")
-    table.add_row("output", str(plan.path))
-    return table
+def _plan_facts(report: BuildReport) -> Iterator[tuple[str, str]]:
+    plan, card = report.plan, report.plan.card
+    yield "base", card.base
+    for expert in card.experts:
+        share = f"  weight {expert.weight:.3g}" if card.is_gateless else ""
+        yield f"expert {expert.name}", f"{expert.source}  {expert.quant}{share}"
+    yield "router", card.describe_router()
+    if (card.mixed, card.layers, card.trunk) != (Mixed.FFN, None, TRUNK_OF_BASE):
+        yield "mixed", card.describe_mixed()
+    if card.compact:
+        yield "compacted", card.describe_compact()
+    if card.split:
+        yield "split", card.describe_split()
+    yield "layout", f"{card.layout} (architecture {plan.form.arch})"
+    yield "quant", f"{card.quant}, {plan.bits_per_weight:.2f} bits per weight"
+    yield "size", f"{show_size(plan.n_bytes)}, {plan.n_weights / 1e6:.1f} M weights, {len(plan.planned)} tensors"
+    memory = report.memory
+    yield "to run", f"about {show_size(memory.total)} of memory with a context of {memory.n_ctx} tokens"
+    yield "output", str(plan.path)
 
 
-def _print_notes(console: Console, plan: Plan) -> None:
-    recipe = plan.recipe
-    if plan.card.is_gateless and recipe.layout is Layout.MIXTRAL and len(recipe.experts) > 1:
-        console.print(
-            "note: --layout fused gives the same numbers from one dense FFN: prompts run some 1.5 to 1.8 times as fast "
-            "on a CPU (scripts/bench_run.py), but experts can no longer be told apart, routed or swapped",
-            highlight=False,
-        )
-    for expert in plan.mix.experts:
-        if unused := unused_targets(expert, plan.recipe.mixed, plan.recipe.trunk):
-            console.print(
-                f"note: the adapter of {expert.name} also changes {', '.join(unused)}, which this mix takes from its "
-                "trunk; a gate-less mix with --mix ffn+attention averages the attention of all experts",
-                highlight=False,
-            )
-    requantised = {part.tensor.type.name for t in plan.planned for part in t.slot.parts
-                   if part.tensor.is_quantised and part.tensor.type != t.type}  # fmt: skip
-    if requantised:
-        console.print(
-            f"note: some sources are quantised already ({', '.join(sorted(requantised))}) and are quantised again, "
-            "which costs quality; sources in bf16 or f16 avoid that",
-            highlight=False,
-        )
-    for note in (*plan.mix.base.notes, *importance_notes(plan.planned)):
-        console.print(f"note: {one_line(note)}", highlight=False)
+def _print_built(out: Console, built: Built) -> None:
+    if cost := describe_requantised(built.requantised):
+        out.print(cost)
+    path = built.plan.path
+    out.print(f"wrote {path} ({show_size(built.n_bytes)}) in {built.seconds:.2f} s; try: moegguf chat {path}")
 
 
-def _print_drift(console: Console, plan: Plan) -> None:
-    """How far the experts of a gate-less mix are apart, and what one dense FFN in their place would save and cost."""
-    if not plan.card.is_gateless or plan.card.is_dense or len(plan.mix.experts) < 2:
-        return
-    drift = measure_drift(plan.mix)
-    each = ", ".join(f"{name} {share:.1%}" for name, share in drift.by_expert.items())
-    console.print(f"drift of the experts from their mean: {each}", highlight=False)
-    if plan.mix.compaction or plan.mix.base.arch not in PER_LAYER_WIDTHS:
-        return
-    n = len(plan.mix.experts)
-    saved = sum(tensor.nbytes for tensor in plan.planned if tensor.slot.preset) * (n - 1) / n
-    console.print(
-        f"note: --compact 1x would save {_size(int(saved))} at a KLD of some {drift.estimated_kld:.0e} nats (an "
-        "estimate by the fourth power of drift); --compact kld=0.001 finds and measures what is between",
-        highlight=False,
-    )
+def _as_json(report: BuildReport) -> dict:
+    plan, built, card = report.plan, report.built, report.plan.card
+    return {
+        "file": str(plan.path),
+        "written": built is not None,
+        "bytes": plan.n_bytes,
+        "seconds": round(built.seconds, 3) if built else None,
+        "name": plan.recipe.name,
+        "base": card.base,
+        "layout": str(card.layout),
+        "architecture": plan.form.arch,
+        "quant": card.quant,
+        "bits_per_weight": round(plan.bits_per_weight, 4),
+        "weights": plan.n_weights,
+        "tensors": len(plan.planned),
+        "router": card.describe_router(),
+        "experts": [_expert_as_json(expert, report) for expert in card.experts],
+        "allocation": _allocation_as_json(report.allocation) if report.allocation else None,
+        "memory": {**dataclasses.asdict(report.memory), "total": report.memory.total},
+        "drift": _drift_as_json(report.drift) if report.drift else None,
+        "requantised": requantised_as_json(built.requantised) if built else None,
+        "notes": list(report.notes),
+    }
 
 
-def _build_with_progress(plan: Plan, threads: int) -> Built:
-    with bytes_done("writing", plan.n_bytes_to_do) as bar:
-        return build(plan, threads=threads, progress=bar.did)
+def _expert_as_json(expert: ExpertCard, report: BuildReport) -> dict:
+    precision = report.precisions.get(expert.name)
+    return {
+        "name": expert.name,
+        "source": expert.source,
+        "weight": expert.weight if report.plan.card.is_gateless else None,
+        "quant": expert.quant,
+        "types": _counted(precision.types) if precision else None,
+        "bits_per_weight": round(precision.bits_per_weight, 4) if precision else None,
+        "error": precision.error if precision else None,
+    }
 
 
-def _print_built(console: Console, built: Built) -> None:
-    cost = built.requantised
-    if cost.n_weights:
-        types = ", ".join(f"{source} → {target}" for source, target in sorted(cost.types))
-        console.print(
-            f"requantised {cost.n_weights / 1e6:.1f} M weights ({types}): relative error {cost.relative_error:.2%}",
-            highlight=False,
-        )
-    console.print(
-        f"wrote {built.plan.path} ({_size(built.n_bytes)}) in {built.seconds:.2f} s; "
-        f"try: moegguf chat {built.plan.path}",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
+def _allocation_as_json(allocation: Allocation) -> dict:
+    return {
+        "budget": allocation.plan.recipe.quant.label,
+        "loss": allocation.loss,
+        "is_measured": allocation.survey.is_measured,
+        "tensors": [
+            {
+                "name": share.name,
+                "types": _counted(share.types),
+                "bits_per_weight": round(share.bits_per_weight, 4),
+                "bytes": share.n_bytes,
+                "share_of_loss": share.loss,
+            }
+            for share in shares(allocation)
+        ],
+    }
+
+
+def _drift_as_json(drift: Drift) -> dict:
+    return {"experts": dict(drift.by_expert), "overall": drift.overall, "estimated_kld": drift.estimated_kld}

@@ -1,22 +1,17 @@
-"""What the commands that change a finished mix have in common: where it is written to, and what is said of it."""
+"""What the commands that change a finished mix have in common: their flags, and what is said of what they did."""
 
 from __future__ import annotations
 
 import argparse
-import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
-from moegguf.assembly import usable_cores
-from moegguf.commands.options import check_threads, print_json
-from moegguf.commands.progress import bytes_done
-from moegguf.edit.change import Change, check_copy, write_copy, write_in_place
-from moegguf.edit.finished import FinishedMix, read_mix
+from moegguf.commands.options import print_json
+from moegguf.commands.output import console, describe_requantised, requantised_as_json
+from moegguf.edit.made import Made
 from moegguf.errors import UserError, one_line
-from moegguf.journal import recover
 from moegguf.sizes import show_size
 
 
@@ -28,22 +23,6 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace the output file if it exists")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all usable cores)")
     parser.add_argument("--json", action="store_true", help="print what was done as JSON")
-
-
-def open_mix(args: argparse.Namespace) -> FinishedMix:
-    """The mix to change, whole; what is wrong with the common flags is said before anything is read."""
-    check_threads(args.threads)
-    if args.output:
-        check_output(args)
-        check_copy(args.file, args.output, overwrite=args.force)
-    if recover(args.file):
-        print(f"{args.file}: an interrupted change of it was undone", file=sys.stderr)
-    return read_mix(args.file)
-
-
-def check_output(args: argparse.Namespace) -> None:
-    if args.output.suffix != ".gguf":
-        raise UserError(f"-o {args.output}: expected a name that ends in .gguf", "runtimes look for that ending")
 
 
 def named_sources(values: Sequence[str]) -> dict[str, str]:
@@ -59,44 +38,39 @@ def named_sources(values: Sequence[str]) -> dict[str, str]:
     return refs
 
 
-def carry_out(args: argparse.Namespace, change: Change, done: str) -> int:
-    """Write `change` and say what was `done`, in words or as JSON. Returns the exit code."""
-    report = make(quiet_for_json(args), args, change, done)
+def report(args: argparse.Namespace, made: Made, done: str) -> int:
+    """Say what was `done`, in words or as JSON. Returns the exit code."""
+    print_made(console(args), made, done)
     if args.json:
-        print_json(report)
+        print_json(made_as_json(made))
     return 0
 
 
-def make(console: Console, args: argparse.Namespace, change: Change, done: str) -> dict:
-    """Write `change`, to the output if there is one and else in place; say what was `done`, and give it as JSON."""
-    start, threads = time.monotonic(), args.threads or usable_cores()
-    with bytes_done("writing", change.n_bytes_to_do(in_place=args.output is None)) as bar:
-        if args.output:
-            written = write_copy(change, args.output, threads=threads, progress=bar.did)
-        else:
-            written = write_in_place(change, threads=threads, progress=bar.did)
-    seconds = time.monotonic() - start
-    for note in change.notes:
-        console.print(f"note: {one_line(note)}")
-    if cost := written.requantised:
-        types = ", ".join(f"{source} → {target}" for source, target in sorted(cost.types))
-        if cost.n_weights:
-            console.print(f"requantised {cost.n_weights / 1e6:.1f} M weights ({types}): relative error "
-                          f"{cost.relative_error:.2%}")  # fmt: skip
-    size = f" ({show_size(written.n_bytes)})" if written.n_bytes else ""
-    where = f"wrote {args.output}" if args.output else f"changed {args.file} in place"
-    console.print(f"{where}{size} in {seconds:.2f} s: {one_line(done)}")
+def print_made(out: Console, made: Made, done: str) -> None:
+    if made.is_undone:
+        out.print(f"note: {UNDONE}")
+    for note in made.notes:
+        out.print(f"note: {one_line(note)}")
+    if cost := describe_requantised(made.requantised):
+        out.print(cost)
+    size = f" ({show_size(made.n_written)})" if made.n_written else ""
+    where = f"changed {made.path} in place" if made.in_place else f"wrote {made.path}"
+    out.print(f"{where}{size} in {made.seconds:.2f} s: {one_line(done)}")
+
+
+def made_as_json(made: Made) -> dict:
     return {
-        "file": str(args.output or args.file),
-        "in_place": args.output is None,
-        "experts": [{"name": expert.name, "source": expert.source} for expert in change.card.experts],
-        "router": change.card.describe_router(),
-        "bytes_written": written.n_bytes,
-        "seconds": round(seconds, 3),
-        "notes": list(change.notes),
+        "file": str(made.path),
+        "in_place": made.in_place,
+        "undone": made.is_undone,
+        "bytes": made.n_bytes,
+        "bytes_written": made.n_written,
+        "seconds": round(made.seconds, 3),
+        "experts": [{"name": expert.name, "source": expert.source} for expert in made.card.experts],
+        "router": made.card.describe_router(),
+        "requantised": requantised_as_json(made.requantised),
+        "notes": [UNDONE] * made.is_undone + list(made.notes),
     }
 
 
-def quiet_for_json(args: argparse.Namespace) -> Console:
-    """What goes to stdout in words; nothing where that is to be JSON."""
-    return Console(markup=False, highlight=False, emoji=False, soft_wrap=True, quiet=args.json)
+UNDONE = "an interrupted change of it was undone"

@@ -19,8 +19,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moegguf.commands.options import add_device_arguments, add_memory_arguments, check_range, run_options
+from moegguf.commands.options import add_device_arguments, add_memory_arguments, run_options
 from moegguf.errors import UserError
+from moegguf.interrupt import Terminated
 from moegguf.runtime.sampling import DEFAULTS, SETTINGS, suggested_by_file
 
 if TYPE_CHECKING:
@@ -103,6 +104,8 @@ def run(args: argparse.Namespace) -> int:
         sampling = suggested_by_file(opened.value).merged(vars(args))
         conversation = Conversation(opened.engine, system=args.system, sampling=sampling)
         if prompt is None:
+            if args.rpc:
+                _press_twice_to_leave()
             _Session(conversation, opened.about).run()
         else:
             _answer_once(conversation, prompt, show_stats=args.stats)
@@ -133,9 +136,9 @@ def _open_gguf(args: argparse.Namespace) -> Iterator[_Opened]:
 
 @contextlib.contextmanager
 def _open_recipe(args: argparse.Namespace) -> Iterator[_Opened]:
+    from moegguf.jobs.torch_engine import open_checked, open_engine
     from moegguf.recipe import find_recipes_file, load_recipe
     from moegguf.runtime.model import RunOptions
-    from moegguf.torch_engine import open_checked, open_engine
 
     options = _run_options(args)
     if options != RunOptions(ctx=options.ctx, threads=options.threads):
@@ -169,16 +172,19 @@ def _prompt(flag: str | None) -> str | None:
 
 
 def _run_options(args: argparse.Namespace) -> RunOptions:
-    from moegguf.runtime.run_options import MIN_CTX
-
-    check_range("--ctx", args.ctx, MIN_CTX)
-    check_range("--experts-used", args.experts_used, 1)
     return replace(
         run_options(args),
         ctx=args.ctx,
         adapter=args.adapter,
         verbose=args.verbose,
     )
+
+
+def _press_twice_to_leave() -> None:
+    """A session is worth more than one answer: Ctrl-C does not end it because a worker is slow to stop."""
+    from moegguf.runtime.lost import leave_at_second_press
+
+    leave_at_second_press(lambda text: print(f"\n{text}", file=sys.stderr))
 
 
 def _warn_without_gpu(options: RunOptions) -> None:
@@ -248,6 +254,7 @@ class _Session:
         self._about = about
         self._console = Console(highlight=False, markup=False, emoji=False)
         self._hidden_before = 0
+        self._known: set[Path] = set()  # files of this conversation, that /save may replace
 
     def run(self) -> None:
         """Talk until Ctrl-D or /exit."""
@@ -261,6 +268,8 @@ class _Session:
                     self._exchange()
                 except UserError as error:
                     self._note(str(error))
+                except Terminated:
+                    raise
                 except KeyboardInterrupt:
                     self._console.print()
                     self._note("Ctrl-D leaves, /help helps")
@@ -276,6 +285,8 @@ class _Session:
     def _answer(self, question: str) -> None:
         try:
             _stream(self._conversation, question)
+        except Terminated:
+            raise
         except KeyboardInterrupt:
             self._console.print()
         stats = self._conversation.stats
@@ -343,7 +354,10 @@ class _Session:
         from moegguf.runtime.chat import save
 
         path = _path(argument)
+        if path.exists() and path not in self._known:
+            raise UserError(f"{path}: exists already", "name another file")
         save(self._conversation, path)
+        self._known.add(path)
         self._note(f"saved {len(self._conversation.turns)} turns to {path}")
 
     def load(self, argument: str) -> None:
@@ -351,6 +365,7 @@ class _Session:
 
         path = _path(argument)
         load(self._conversation, path)
+        self._known.add(path)
         self._note(f"loaded {len(self._conversation.turns)} turns from {path}")
 
     def exit(self, _: str) -> None:
@@ -363,7 +378,7 @@ _COMMANDS = {
     "/system": _Command("/system [TEXT]", "say how to behave, from the next answer on; - for none", _Session.system),
     "/set": _Command("/set [NAME VALUE]", "change a sampling setting; alone, list them", _Session.set),
     "/stats": _Command("/stats", "what the last answer took", _Session.stats),
-    "/save": _Command("/save FILE", "write the conversation to a .json or .md file", _Session.save),
+    "/save": _Command("/save FILE", "write the conversation to a new .json or .md file", _Session.save),
     "/load": _Command("/load FILE", "go on with a conversation saved as .json", _Session.load),
     "/exit": _Command("/exit", "leave, as Ctrl-D does", _Session.exit),
 }

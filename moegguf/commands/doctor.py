@@ -22,15 +22,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the report; exit code 1 when something that moegguf needs is missing."""
-    from moegguf.runtime.machine import advice, inspect_machine, is_complete
+    from moegguf.runtime.machine import inspect_machine
 
     machine = inspect_machine(Path.cwd())
     if args.json:
-        print_json({**asdict(machine), "advice": advice(machine)})
+        print_json({**asdict(machine), "advice": machine.advice})
     else:
         print("\n".join(_report(machine)))
-        print("\n".join(f"  - {line}" for line in advice(machine)))
-    return 0 if is_complete(machine) else 1
+        print("\n".join(f"  - {line}" for line in machine.advice))
+    return 0 if machine.is_complete else 1
 
 
 def _report(machine) -> list[str]:

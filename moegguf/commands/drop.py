@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from moegguf.commands.changes import add_common, add_output, carry_out, open_mix
-from moegguf.edit.experts import plan_drop
+from moegguf.api.editing import drop
+from moegguf.commands.changes import add_common, add_output, report
+from moegguf.commands.progress import shown
 
 HELP = """\
 Write a mix again without some of its experts. The bytes of the others are copied; nothing is quantised again.
@@ -28,5 +29,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    change = plan_drop(open_mix(args), args.experts)
-    return carry_out(args, change, f"without {', '.join(dict.fromkeys(args.experts))}, {change.card.describe_router()}")
+    made = drop(args.file, args.experts, output=args.output, threads=args.threads, overwrite=args.force, watch=shown)
+    return report(args, made, f"without {', '.join(dict.fromkeys(args.experts))}, {made.card.describe_router()}")

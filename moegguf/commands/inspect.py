@@ -11,10 +11,11 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from moegguf.commands.options import print_json
+from moegguf.commands.output import console, facts
 from moegguf.commands.progress import bytes_done
 from moegguf.errors import one_line
 from moegguf.inspection import Inspection, check, inspect
-from moegguf.metadata import Card
+from moegguf.sizes import show_size
 
 HELP = "Show what is in a GGUF: base, experts, router, layout, types and sizes. With --check, verify every byte."
 EXAMPLES = """\
@@ -37,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(_as_json(found, faults))
     else:
-        _print(Console(markup=False), found, faults)
+        _print(console(args), found, faults)
     return 1 if faults else 0
 
 
@@ -46,53 +47,42 @@ def _check_with_progress(found: Inspection) -> list[str]:
         return check(found.path, bar.did)
 
 
-def _print(console: Console, found: Inspection, faults: list[str] | None) -> None:
-    facts = Table(Column(no_wrap=True), Column(overflow="fold"), show_header=False, box=None, pad_edge=False)
-    for name, value in _facts(found):
-        facts.add_row(name, one_line(value))
-    console.print(facts)
+def _print(out: Console, found: Inspection, faults: list[str] | None) -> None:
+    out.print(facts(_facts(found)))
     if found.card:
-        console.print(_expert_table(found))
-    console.print(_group_table(found))
+        out.print(_expert_table(found))
+    out.print(_group_table(found))
     if faults is None:
         return
     for fault in faults:
-        console.print(f"fault: {one_line(fault)}", highlight=False, soft_wrap=True)
-    console.print(
-        "check: sound" if not faults else f"check: {len(faults)} fault{'s' * (len(faults) > 1)}", highlight=False
-    )
+        out.print(f"fault: {one_line(fault)}")
+    out.print("check: sound" if not faults else f"check: {len(faults)} fault{'s' * (len(faults) > 1)}")
 
 
 def _facts(found: Inspection) -> list[tuple[str, str]]:
     card = found.card
-    facts = [("file", f"{found.path} ({found.n_bytes / 1e6:.2f} MB)")]
+    rows = [("file", f"{found.path} ({show_size(found.n_bytes)})")]
     if card is None:
-        facts.append(("mix", "no: this GGUF was not made by moegguf"))
-        facts.append(("name", found.name))
+        rows.append(("mix", "no: this GGUF was not made by moegguf"))
+        rows.append(("name", found.name))
     else:
-        facts.append(("mix", f"{card.name} (moegguf {card.tool_version})"))
-        facts.append(("base", card.base))
-        facts.append(("router", card.describe_router()))
-        facts.append(("layout", card.layout))
-        facts.append(("mixed", _describe_mixed(card)))
+        rows.append(("mix", f"{card.name} (moegguf {card.tool_version})"))
+        rows.append(("base", card.base))
+        rows.append(("router", card.describe_router()))
+        rows.append(("layout", card.layout))
+        rows.append(("mixed", card.describe_mixed()))
         if card.split:
-            facts.append(("split", card.describe_split()))
+            rows.append(("split", card.describe_split()))
         if card.compact:
-            facts.append(("compacted", card.describe_compact()))
-            facts.append(("neurons", f"by layer: {' '.join(map(str, card.compact.widths))}"))
+            rows.append(("compacted", card.describe_compact()))
+            rows.append(("neurons", f"by layer: {' '.join(map(str, card.compact.widths))}"))
     experts = f", {found.n_expert_used} of {found.n_expert} stacked experts" if found.n_expert else ""
-    facts.append(("architecture", f"{found.arch}: {found.n_layer} layers, hidden size {found.n_embd}{experts}"))
-    facts.append(("context", f"{found.n_ctx} tokens"))
-    facts.append(("chat template", "yes" if found.has_chat_template else "no"))
-    facts.append(("quant", f"{_file_type(found)}, {found.bits_per_weight:.2f} bits per weight"))
-    facts.append(("weights", f"{found.n_weights / 1e6:.2f} M"))
-    return facts
-
-
-def _describe_mixed(card: Card) -> str:
-    layers = "all layers" if card.layers is None else f"layers {', '.join(map(str, card.layers))}"
-    trunk = {"base": "", "mean": "; trunk: the mean of all experts"}.get(card.trunk, f"; trunk: {card.trunk}'s")
-    return f"{card.mixed} in {layers}{trunk}"
+    rows.append(("architecture", f"{found.arch}: {found.n_layer} layers, hidden size {found.n_embd}{experts}"))
+    rows.append(("context", f"{found.n_ctx} tokens"))
+    rows.append(("chat template", "yes" if found.has_chat_template else "no"))
+    rows.append(("quant", f"{_file_type(found)}, {found.bits_per_weight:.2f} bits per weight"))
+    rows.append(("weights", f"{found.n_weights / 1e6:.2f} M"))
+    return rows
 
 
 def _file_type(found: Inspection) -> str:
@@ -116,17 +106,37 @@ def _group_table(found: Inspection) -> Table:
     table = Table("tensors", "types", "weights", "bits per weight", "size", box=None, pad_edge=False)
     for group in found.groups:
         types = ", ".join(f"{count} × {name}" for name, count in group.types.items())
-        weights, size = f"{group.n_weights / 1e6:.3f} M", f"{group.n_bytes / 1e6:.3f} MB"
+        weights, size = f"{group.n_weights / 1e6:.3f} M", show_size(group.n_bytes)
         table.add_row(group.name, types, weights, f"{group.bits_per_weight:.2f}", size)
     return table
 
 
 def _as_json(found: Inspection, faults: list[str] | None) -> dict:
-    report = dataclasses.asdict(found) | {
-        "path": str(found.path),
+    report = {
+        "file": str(found.path),
+        "bytes": found.n_bytes,
         "is_mix": found.card is not None,
-        "file_type": _file_type(found),
-        "n_weights": found.n_weights,
+        "name": found.name,
+        "architecture": found.arch,
+        "quant": _file_type(found),
         "bits_per_weight": round(found.bits_per_weight, 4),
+        "weights": found.n_weights,
+        "n_layer": found.n_layer,
+        "n_embd": found.n_embd,
+        "n_ctx": found.n_ctx,
+        "n_expert": found.n_expert,
+        "n_expert_used": found.n_expert_used,
+        "has_chat_template": found.has_chat_template,
+        "card": dataclasses.asdict(found.card) if found.card else None,
+        "groups": [
+            {
+                "name": group.name,
+                "types": group.types,
+                "bits_per_weight": round(group.bits_per_weight, 4),
+                "weights": group.n_weights,
+                "bytes": group.n_bytes,
+            }
+            for group in found.groups
+        ],
     }
     return report if faults is None else report | {"faults": faults}

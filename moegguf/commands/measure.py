@@ -6,40 +6,21 @@ The reference's logits are kept on disk, so that the next file is measured witho
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Column, Table
 
-from moegguf.commands.options import (
-    add_device_arguments,
-    cache_folder,
-    check_range,
-    check_threads,
-    device_options,
-    print_json,
-)
-from moegguf.commands.progress import counted
-from moegguf.divergences import (
-    CHUNK,
-    KeptReference,
-    Tokens,
-    check_both_fit,
-    check_vocabulary,
-    chunk_length,
-    compare,
-    kept_in,
-    sequences_of,
-)
-from moegguf.errors import UserError, one_line
-from moegguf.gguf_header import Header, read_header
+from moegguf.commands.options import add_device_arguments, device_options, print_json
+from moegguf.commands.output import console
+from moegguf.commands.progress import shown
+from moegguf.errors import one_line
+from moegguf.jobs.comparing import MAX_TOKENS, Measured, MeasureOptions, plan_measurement, run_measurement, texts_of
+from moegguf.jobs.divergences import CHUNK
+from moegguf.jobs.engines import by_name
 from moegguf.measurement.divergence import Divergence, Estimate
-from moegguf.recipe import find_recipes_file, load_recipe
-from moegguf.runtime.offload import Offload
-from moegguf.texts import Record, read_domains
+from moegguf.texts import named_ref
 
 HELP = """\
 How far models are from a reference: KL divergence of their next-token distributions, how often the likeliest token is
@@ -59,11 +40,9 @@ text: .txt and .md files, .jsonl of {"text"}, {"prompt", "completion"}, {"messag
 demo:DOMAIN/heldout. Texts of one name count as one.
 """
 
-ALL = "all texts"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("models", nargs="+", type=Path, metavar="MODEL", help="GGUF files to measure")
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="GGUF files to measure")
     parser.add_argument(
         "--against", type=Path, required=True, metavar="FILE", help="the reference: the same model in F16, say"
     )
@@ -74,8 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument("--domains", metavar="RECIPE", help="the texts under `domains` of this recipe")
     text.add_argument("--recipes", type=Path, metavar="FILE", help="recipes file (default: moegguf's models.toml)")
     text.add_argument(
-        "--max-tokens", type=int, default=4096, metavar="N", help="of each text, from its start on (default: 4096)"
-    )
+        "--max-tokens", type=int, default=MAX_TOKENS, metavar="N",
+        help=f"of each text, from its start on (default: {MAX_TOKENS})",
+    )  # fmt: skip
     text.add_argument(
         "--chunk", type=int, metavar="N", help=f"tokens of a chunk (default: {CHUNK}, or the reference's context)"
     )
@@ -93,125 +73,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the reference unless its logits are there, then every model; print how far each is from it."""
-    check_range("--max-tokens", args.max_tokens, 1)
-    check_threads(args.threads)
-    offload = device_options(args)
-    reference = _check_models(args)
-    chunks = sequences_of(
-        reference, _texts(args), chunk=chunk_length(reference, args.chunk), max_tokens=args.max_tokens
-    )
-    console = Console(stderr=args.json, markup=False, highlight=False, emoji=False, width=_width(args.json))
-    measured = _measure(args, reference, chunks, offload, console)
+    options = MeasureOptions(
+        chunk=args.chunk, max_tokens=args.max_tokens, threads=args.threads, offload=device_options(args),
+        cache=args.cache, reference_logits=args.reference_logits, keep=not args.no_cache,
+    )  # fmt: skip
+    texts = texts_of(map(named_ref, args.text), domains=args.domains, recipes=args.recipes)
+    models = {name: Path(ref) for name, ref in by_name(args.models).items()}
+    plan = plan_measurement(models, args.against, texts, options)
+    out = console(args)
+    out.print(f"{plan.n_tokens} tokens in {len(plan.sequences)} chunks")
+    if kept := plan.kept:
+        state = "are there already" if kept.is_there else "will be kept"
+        out.print(f"the reference's logits {state}: {_size(kept.nbytes)}, {kept.path}")
+    found = run_measurement(plan, shown)
     if args.json:
-        print_json(_as_json(args, measured))
+        print_json(found.as_json())
     else:
-        _print(console, measured)
+        _print(out, found.models)
     return 0
-
-
-# --- what is asked for ---
-
-
-def _check_models(args: argparse.Namespace) -> Header:
-    """The reference's header. Raises one UserError for all files that are none, or of another vocabulary."""
-    reference = read_header(args.against)
-    faults: list[UserError] = []
-    for path in args.models:
-        try:
-            check_vocabulary(reference, read_header(path))
-            if args.no_cache:
-                check_both_fit(args.against, path)
-        except UserError as error:
-            faults.append(error)
-    if faults:
-        raise UserError.of(faults)
-    return reference
-
-
-def _texts(args: argparse.Namespace) -> dict[str, list[Record]]:
-    """Name → records, in order. Raises one UserError for all that cannot be read."""
-    if not (args.text or args.domains):
-        raise UserError("nothing to measure on", "give --text FILE or --domains RECIPE")
-    refs: dict[str, list[str]] = {}
-    for spec in args.text:
-        name, ref = _named_text(spec)
-        refs.setdefault(name, []).append(ref)
-    texts = read_domains(refs)
-    if not args.domains:
-        return texts
-    recipe = load_recipe(args.domains, args.recipes or find_recipes_file(), {})
-    if not recipe.domains:
-        raise UserError(f"recipe {recipe.name} names no domains", 'give it domains = { NAME = "file.jsonl" }')
-    for name, records in read_domains(recipe.domains, recipe.folder).items():
-        texts.setdefault(name, []).extend(records)
-    return texts
-
-
-def _named_text(spec: str) -> tuple[str, str]:
-    """(name, reference) of `NAME=FILE` or `FILE`, whose name is its stem; of `demo:math/heldout#9`, that is math."""
-    name, equals, ref = spec.partition("=")
-    if equals and not Path(spec).exists():
-        return name, ref
-    if spec.startswith("demo:"):
-        return spec.removeprefix("demo:").partition("#")[0].removesuffix("/heldout"), spec
-    return Path(spec).stem, spec
-
-
-# --- measuring ---
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """A model: how far it is from the reference on each text, and on all of them."""
-
-    name: str
-    path: Path
-    texts: Mapping[str, Divergence]
-
-    @property
-    def rows(self) -> dict[str, Divergence]:
-        """By text; where there are several, with one for all, in which every token counts alike."""
-        overall = {ALL: Divergence.joined(self.texts.values())} if len(self.texts) > 1 else {}
-        return {**self.texts, **overall}
-
-
-def _measure(
-    args: argparse.Namespace, reference: Header, chunks: Mapping[str, list[Tokens]], offload: Offload, console: Console
-) -> list[_Measured]:
-    sequences = [tokens for text in chunks.values() for tokens in text]
-    n_tokens = sum(len(tokens) - 1 for tokens in sequences)
-    console.print(f"{n_tokens} tokens in {len(sequences)} chunks", soft_wrap=True)
-    kept = None if args.no_cache else _kept(args, reference, sequences, offload)
-    must_run = kept is not None and not kept.is_there
-    if kept:
-        state = "will be kept" if must_run else "are there already"
-        console.print(f"the reference's logits {state}: {_size(kept.nbytes)}, {kept.path}", soft_wrap=True)
-    measured = []
-    with counted(reference.path.name, n_tokens * (must_run + len(args.models)), "tokens") as bar:
-        if must_run:
-            kept.write(threads=args.threads, progress=bar.did)
-        for name, path in _named(args.models).items():
-            bar.says(name)
-            if kept:
-                divergence = kept.compare(path, threads=args.threads, progress=bar.did)
-            else:
-                divergence = compare(reference.path, path, sequences, threads=args.threads, offload=offload,
-                                     progress=bar.did)  # fmt: skip
-            by_text = dict(zip(chunks, divergence.split(map(len, chunks.values())), strict=True))
-            measured.append(_Measured(name, path, by_text))
-    return measured
-
-
-def _kept(args: argparse.Namespace, reference: Header, sequences: Sequence[Tokens], offload: Offload) -> KeptReference:
-    if args.reference_logits:
-        return KeptReference(args.reference_logits, reference, sequences, offload)
-    return kept_in(args.cache or cache_folder("measure"), reference, sequences, offload=offload)
-
-
-def _named(models: Sequence[Path]) -> dict[str, Path]:
-    """Name → model, in order: the file's stem, or the whole path where two share a stem."""
-    stems = [path.stem for path in models]
-    return {path.stem if stems.count(path.stem) == 1 else str(path): path for path in models}
 
 
 # --- what is shown ---
@@ -225,32 +104,28 @@ _WIDE = 120
 """Columns of a terminal in which a model takes one line."""
 
 
-def _width(as_json: bool) -> int | None:
-    return None if (sys.stderr if as_json else sys.stdout).isatty() else 10_000
-
-
-def _print(console: Console, measured: Sequence[_Measured]) -> None:
+def _print(out: Console, models: Sequence[Measured]) -> None:
     """A table that goes on from text to text, with a row a model."""
-    between = " " if console.width >= _WIDE else "\n"
+    between = " " if out.width >= _WIDE else "\n"
     sections = {
         text: [[one_line(model.name), *(between.join(cell) for cell in _cells(model, model.rows[text]))]
-               for model in measured]
-        for text in measured[0].rows
+               for model in models]
+        for text in models[0].rows
     }  # fmt: skip
     widths = [
         max(len(line) for cell in column for line in cell.split("\n"))
         for column in zip(_HEADS, *(row for rows in sections.values() for row in rows), strict=True)
     ]
     for number, (text, rows) in enumerate(sections.items()):
-        console.print(f"\n{one_line(_about(text, measured[0].rows[text]))}", soft_wrap=True)
-        table = Table(Column(_HEADS[0], overflow="fold"), box=None, pad_edge=False, padding=(0, 1, 0, 0),
-                      show_header=not number)  # fmt: skip
+        out.print(f"\n{one_line(_about(text, models[0].rows[text]))}")
+        first = Column(_HEADS[0], overflow="fold", min_width=len(_HEADS[0]))
+        table = Table(first, box=None, pad_edge=False, padding=(0, 1, 0, 0), show_header=not number)
         for head, width in zip(_HEADS[1:], widths[1:], strict=True):
             table.add_column(head, justify="right", no_wrap=True, min_width=width)
         for row in rows:
             table.add_row(*row)
-        console.print(table)
-    console.print(f"\n{_LEGEND}", soft_wrap=True)
+        out.print(table)
+    out.print(f"\n{_LEGEND}")
 
 
 def _about(text: str, divergence: Divergence) -> str:
@@ -259,12 +134,12 @@ def _about(text: str, divergence: Divergence) -> str:
     return f"{text}: {divergence.n_tokens} tokens in {chunks}, perplexity of the reference {perplexity}"
 
 
-def _cells(model: _Measured, divergence: Divergence) -> list[list[str]]:
+def _cells(model: Measured, divergence: Divergence) -> list[list[str]]:
     """Each is a figure, with its error or its interval where there is one."""
     interval = divergence.top1_interval
     limits = [] if interval is None else ["[" + ", ".join(f"{100 * limit:.4g}" for limit in interval) + "]"]
     return [
-        [_size(model.path.stat().st_size)],
+        [_size(model.n_bytes)],
         _plus_minus(divergence.kld, ".3g"),
         *([f"{divergence.kld_percentile(percent):.3g}"] for percent in (50, 99, 100)),
         [f"{100 * divergence.top1.value:.2f}", *limits],
@@ -280,19 +155,3 @@ def _plus_minus(estimate: Estimate, form: str) -> list[str]:
 
 def _size(n_bytes: int) -> str:
     return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"
-
-
-def _as_json(args: argparse.Namespace, measured: Sequence[_Measured]) -> dict:
-    return {
-        "reference": str(args.against),
-        "models": [
-            {
-                "name": model.name,
-                "path": str(model.path),
-                "size": model.path.stat().st_size,
-                "texts": {text: divergence.as_json() for text, divergence in model.texts.items()},
-                "overall": Divergence.joined(model.texts.values()).as_json(),
-            }
-            for model in measured
-        ],
-    }

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from moegguf.assembly import usable_cores
-from moegguf.commands.changes import add_common, add_output, check_output, quiet_for_json
-from moegguf.commands.options import check_threads, print_json
-from moegguf.commands.progress import bytes_done
-from moegguf.edit.shards import plan_merge, write_merged
+from moegguf.api.editing import merge
+from moegguf.commands.changes import add_common, add_output
+from moegguf.commands.options import print_json
+from moegguf.commands.output import console
+from moegguf.commands.progress import shown
 from moegguf.sizes import show_size
 
 HELP = """\
@@ -28,12 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    check_threads(args.threads)
-    check_output(args)
-    merged = plan_merge(args.file, args.output, overwrite=args.force)
-    with bytes_done("writing", merged.n_tensor_bytes) as bar:
-        write_merged(merged, threads=args.threads or usable_cores(), progress=bar.did)
+    merged = merge(args.file, output=args.output, threads=args.threads, overwrite=args.force, watch=shown)
     if args.json:
-        print_json({"file": str(merged.path), "bytes": merged.n_bytes})
-    quiet_for_json(args).print(f"wrote {merged.path} ({show_size(merged.n_bytes)})")
+        print_json({"file": str(merged.path), "bytes": merged.n_bytes, "seconds": round(merged.seconds, 3)})
+    console(args).print(f"wrote {merged.path} ({show_size(merged.n_bytes)})")
     return 0

@@ -5,36 +5,23 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from moegguf.atomic import atomic_file
+from moegguf.checks import LARGEST, check_range, host_and_port
 from moegguf.errors import UserError, one_line
+from moegguf.leaving import leave
 
 if TYPE_CHECKING:
     from moegguf.runtime.model import RunOptions
     from moegguf.runtime.offload import Offload, Override
 
-LARGEST = 2**31 - 1
-MAX_THREADS = 512
-"""GGML_MAX_N_THREADS."""
 KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 """What llama.cpp's key-value cache can be (common/arg.cpp)."""
-
-
-def check_range(flag: str, value: int | None, low: int, high: int = LARGEST) -> None:
-    """Raises UserError for a number outside of low … high; None is a flag that was not given."""
-    if value is not None and not low <= value <= high:
-        raise UserError(f"{flag} {value}: expected a whole number from {low} to {high}", "leave it out for the default")
-
-
-def check_threads(n: int | None) -> None:
-    """Raises UserError for a --threads that ggml cannot start."""
-    check_range("--threads", n, 1, MAX_THREADS)
 
 
 def add_device_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,14 +48,18 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     devices.add_argument(
         "--rpc", metavar="HOST:PORT", help="devices of other machines that run `moegguf worker`, with commas"
     )
+    devices.add_argument(
+        "--rpc-timeout", metavar="SECONDS", type=int,
+        help="how long workers may say nothing while they are waited for (default: 600)",
+    )  # fmt: skip
 
 
 def device_options(args: argparse.Namespace) -> Offload:
     """What `add_device_arguments` asks for. Raises UserError for what no machine can mean; a model is loaded later.
 
-    With --rpc, a worker that dies from now on ends the program with one line, as llama.cpp cannot go on without it.
+    With --rpc, a worker that is lost from now on ends the program with one line, as llama.cpp cannot go on without it.
     """
-    from moegguf.runtime.offload import ALL, Offload
+    from moegguf.runtime.offload import ALL, WHAT_FITS, Offload
 
     check_range("--main-gpu", args.main_gpu, 0)
     given = [part for value in args.override_tensor for part in value.split(",")]
@@ -80,11 +71,12 @@ def device_options(args: argparse.Namespace) -> Offload:
         main_gpu=args.main_gpu,
         tensor_split=() if args.tensor_split is None else _shares(args.tensor_split),
         workers=() if args.rpc is None else _workers(args.rpc),
+        patience=WHAT_FITS.patience if args.rpc_timeout is None else args.rpc_timeout,
     )
     if asked.workers:
-        from moegguf.runtime.workers import when_lost
+        from moegguf.runtime.lost import when_lost
 
-        when_lost(asked.workers, _leave)
+        when_lost(asked.workers, asked.patience, _leave)
     return asked
 
 
@@ -111,7 +103,6 @@ def run_options(args: argparse.Namespace) -> RunOptions:
     from moegguf.runtime.model import RunOptions
     from moegguf.runtime.offload import FlashAttention
 
-    check_threads(args.threads)
     return RunOptions(
         threads=args.threads,
         experts_used=args.experts_used,
@@ -172,19 +163,8 @@ def _workers(text: str) -> tuple[str, ...]:
     return workers
 
 
-def host_and_port(flag: str, text: str) -> tuple[str, int]:
-    """The two parts of HOST:PORT. Raises UserError for another form."""
-    host, _, port = text.rpartition(":")
-    is_port = port.isascii() and port.isdigit() and 1 <= int(port) <= 65535
-    if not is_port or not re.fullmatch(r"[\w.-]+", host, re.ASCII):
-        raise UserError(f"{flag} {text}: expected HOST:PORT with a port from 1 to 65535", "for example 127.0.0.1:50052")
-    return host, int(port)
-
-
-def _leave(message: str) -> None:
-    """End the program from within C code that would abort it."""
-    print(f"moegguf: error: {one_line(message)}", file=sys.stderr, flush=True)
-    os._exit(2)
+def _leave(message: str, code: int) -> NoReturn:
+    leave(f"moegguf: {'error: ' if code == 2 else ''}{one_line(message)}", code)
 
 
 def add_json_arguments(group: argparse._ArgumentGroup) -> None:
@@ -209,17 +189,6 @@ def print_json(content: object) -> None:
 
 def _json(content: object) -> str:
     return json.dumps(content, indent=2) + "\n"
-
-
-def cache_folder(command: str) -> Path:
-    """Where a command keeps what it can work out again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moegguf" / command
-
-
-def from_here(ref: str | None) -> str | None:
-    """A path on the command line is relative to the working directory, whatever recipe it goes into."""
-    path = Path(os.path.expanduser(ref or ""))  # noqa: PTH111 (pathlib raises for a ~user that there is not)
-    return str(path.absolute()) if ref and path.exists() else ref
 
 
 def named_refs(flag: str, values: Sequence[str]) -> dict[str, list[str]]:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from moegguf.commands.options import print_json
+from moegguf.commands.output import console
 from moegguf.errors import UserError, one_line
 from moegguf.recipe import Recipe, RouterMode, find_recipes_file, load_recipe, load_tables
 
@@ -38,23 +39,20 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json([_as_json(recipe) for recipe in recipes])
         return 0
-    console = Console()
+    out = console(args)
     for recipe in recipes:
-        _print(console, recipe)
+        _print(out, recipe)
     return 0
 
 
-def _print(console: Console, recipe: Recipe) -> None:
+def _print(out: Console, recipe: Recipe) -> None:
     router = recipe.router.mode
     if recipe.router.mode is not RouterMode.GATELESS:
         router += f" with {recipe.router.k} experts a token"
-    console.print(Text.assemble((recipe.name, "bold"), f"  {one_line(recipe.description)}"))
-    console.print(
+    out.print(Text.assemble((recipe.name, "bold"), f"  {one_line(recipe.description)}"))
+    out.print(
         f"    {len(recipe.experts)} experts ({', '.join(recipe.expert_names)}) in {recipe.base}; "
-        f"{router}, {recipe.layout}, {recipe.quant.preset}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
+        f"{router}, {recipe.layout}, {recipe.quant.preset}"
     )
 
 

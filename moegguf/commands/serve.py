@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -12,18 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moegguf.commands.options import (
-    LARGEST,
-    add_device_arguments,
-    add_memory_arguments,
-    check_range,
-    run_options,
-)
-from moegguf.errors import UserError
+from moegguf.commands.options import add_device_arguments, add_memory_arguments, run_options
+from moegguf.errors import UserError, one_line
+from moegguf.runtime.serve.address import KEY_VARIABLE, Address
 
 if TYPE_CHECKING:
-    from moegguf.runtime.run_options import RunOptions
-    from moegguf.runtime.serve.address import Address
     from moegguf.runtime.serve.front import Door
     from moegguf.runtime.serve.models import Served
 
@@ -50,9 +42,6 @@ examples:
     all others are off. In Python: client.chat.completions.create(..., extra_body={"lora": [{"id": 0, "scale": 1}]}).
     Without "lora" it gets the file's own router.
 """
-_KEY_VARIABLE = "MOEGGUF_API_KEY"
-_DEFAULT_SLOTS = 4
-_MAX_SLOTS = 256  # LLAMA_MAX_SEQ of llama.cpp
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     who = parser.add_argument_group("access")
     who.add_argument(
         "--api-key", metavar="KEY",
-        help=f"let in only who sends this key; other users see it in the list of processes, so better ${_KEY_VARIABLE} "
+        help=f"let in only who sends this key; other users see it in the list of processes, so better ${KEY_VARIABLE} "
         "or --api-key-file",
     )  # fmt: skip
     who.add_argument("--api-key-file", type=Path, metavar="FILE", help="the key is this file's only line")
@@ -87,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     machine = parser.add_argument_group("machine")
     machine.add_argument(
         "--parallel", type=int, metavar="N",
-        help=f"slots: requests answered at the same time (default: {_DEFAULT_SLOTS})",
+        help="slots: requests answered at the same time (default: 4)",
     )  # fmt: skip
     machine.add_argument(
         "--ctx", type=int, metavar="N",
@@ -110,43 +99,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until Ctrl-C or SIGTERM. Raises UserError; KeyboardInterrupt while models are still being loaded."""
-    from moegguf.runtime.serve.serving import check_installed, serve
+    from moegguf.runtime.serve.extra import check_installed
 
     check_installed()
-    address = _address(args)
+    from moegguf.runtime.serve.serving import serve
+
+    address = Address.of(args.host, args.port, args.tls_cert, args.tls_key)
     door = _door(args, address)
     models = _models(args)
 
     def ready(url: str) -> None:
-        print("\n".join(_what_is_served(models, url, has_key=door.key is not None)), flush=True)
+        print("\n".join(map(one_line, _what_is_served(models, url, has_key=door.key is not None))), flush=True)
 
-    serve(models, address, door, ready=ready, note=lambda text: print(text, file=sys.stderr, flush=True))
+    serve(models, address, door, ready=ready, note=lambda text: print(one_line(text), file=sys.stderr, flush=True))
     return 0
-
-
-def _address(args: argparse.Namespace) -> Address:
-    from moegguf.runtime.serve.address import Address
-
-    check_range("--port", args.port, 0, 65535)
-    if (args.tls_cert is None) != (args.tls_key is None):
-        raise UserError("--tls-cert and --tls-key belong together", "pass both, or none")
-    return Address(args.host, args.port, (args.tls_cert, args.tls_key) if args.tls_cert else None)
 
 
 def _door(args: argparse.Namespace, address: Address) -> Door:
     """Raises UserError for a bad key, and for none where other machines can come in."""
-    from moegguf.runtime.serve.address import is_loopback
-    from moegguf.runtime.serve.front import Door
+    from moegguf.runtime.serve.serving import open_door
 
-    key, is_local = _api_key(args), is_loopback(address)
-    if not is_local and key is None and not args.i_know_it_is_unauthenticated:
-        raise UserError(
-            f"--host {args.host}: other machines could use the server without a key",
-            f"set ${_KEY_VARIABLE} or --api-key-file, or say --i-know-it-is-unauthenticated",
-        )
-    if not is_local and key is not None and address.tls is None:
+    door = open_door(address, _api_key(args), to_all=args.i_know_it_is_unauthenticated)
+    if door.names is None and door.key is not None and address.tls is None:
         print("the key travels in the clear: --tls-cert and --tls-key encrypt it", file=sys.stderr)
-    return Door(key, names=frozenset({args.host.lower()}) if is_local else None)
+    return door
 
 
 def _api_key(args: argparse.Namespace) -> str | None:
@@ -154,16 +130,8 @@ def _api_key(args: argparse.Namespace) -> str | None:
     if args.api_key is not None and args.api_key_file is not None:
         raise UserError("--api-key and --api-key-file are two keys", "pass one of them")
     if args.api_key is not None:
-        key, where = args.api_key, "--api-key"
-    elif args.api_key_file is not None:
-        key, where = _text(args.api_key_file), str(args.api_key_file)
-    elif _KEY_VARIABLE in os.environ:
-        key, where = os.environ[_KEY_VARIABLE], f"${_KEY_VARIABLE}"
-    else:
-        return None
-    if not re.fullmatch(r"[!-~]+", key):
-        raise UserError(f"{where}: a key is one line of letters, digits and signs, without blanks", "write another")
-    return key
+        return args.api_key
+    return os.environ.get(KEY_VARIABLE) if args.api_key_file is None else _text(args.api_key_file)
 
 
 def _text(path: Path) -> str:
@@ -174,49 +142,13 @@ def _text(path: Path) -> str:
 
 
 def _models(args: argparse.Namespace) -> list[Served]:
-    """Every model with its adapters, checked. Raises UserError with all faults that are found."""
-    from moegguf.runtime.serve.models import only_own_can, prepare, prepare_own
+    """Every model with its adapters, checked. Raises UserError."""
+    from moegguf.runtime.serve.models import prepare
 
     paths = _named_paths(args.models)
     adapters = _adapters(args.adapter, list(paths))
-    options = _run_options(args)
-    if flags := only_own_can(options):
-        _check_own(args, flags)
-        return [prepare_own(name, path, options) for name, path in paths.items()]
-    slots = args.parallel or _DEFAULT_SLOTS
-    return [prepare(name, path, options, slots=slots, adapters=adapters[name]) for name, path in paths.items()]
-
-
-def _run_options(args: argparse.Namespace) -> RunOptions:
-    from moegguf.runtime.run_options import MIN_CTX
-
-    check_range("--parallel", args.parallel, 1, _MAX_SLOTS)
-    check_range("--ctx", args.ctx, MIN_CTX, LARGEST // (args.parallel or _DEFAULT_SLOTS))
-    check_range("--batch", args.batch, 32)
-    check_range("--experts-used", args.experts_used, 1)
-    return replace(
-        run_options(args),
-        ctx=args.ctx,
-        batch=args.batch,
-        verbose=args.verbose,
-    )
-
-
-def _check_own(args: argparse.Namespace, flags: Sequence[str]) -> None:
-    """Raises UserError for what moegguf's own server, which these flags ask for, cannot do."""
-    if (args.parallel or 1) > 1:
-        raise UserError(
-            f"--parallel {args.parallel}: with {', '.join(flags)} there is one answer at a time", "leave --parallel out"
-        )
-    if args.adapter:
-        raise UserError(
-            f"--adapter: with {', '.join(flags)} requests cannot choose adapters",
-            "build the mix with that router, or leave one of the flags out",
-        )
-    if args.rpc and len(args.models) > 1:
-        raise UserError(
-            f"--rpc: a worker serves one program at a time, not {len(args.models)} models", "serve one of them"
-        )
+    options = replace(run_options(args), ctx=args.ctx, batch=args.batch, verbose=args.verbose)
+    return prepare(paths, options, slots=args.parallel, adapters=adapters)
 
 
 def _named_paths(texts: Sequence[str]) -> dict[str, Path]:
@@ -229,10 +161,12 @@ def _named_paths(texts: Sequence[str]) -> dict[str, Path]:
 
 
 def _name_and_path(text: str) -> tuple[str, Path]:
+    from moegguf.runtime.serve.models import name_of
+
     name, is_given, path = text.partition("=")
     if is_given and name and not Path(text).exists():
         return name, Path(path)
-    return re.sub(r"-\d{5}-of-\d{5}$", "", Path(text).stem), Path(text)
+    return name_of(Path(text)), Path(text)
 
 
 def _adapters(texts: Sequence[str], names: Sequence[str]) -> dict[str, list[Path]]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from moegguf.commands.changes import add_common, add_output, carry_out, open_mix, quiet_for_json
-from moegguf.commands.options import print_json
-from moegguf.edit.keys import TEMPLATE, TEXTS, plan_set
-from moegguf.errors import UserError
-from moegguf.gguf_header import read_header
-from moegguf.journal import recover
+from moegguf.api.editing import set as set_keys
+from moegguf.commands.changes import UNDONE, add_common, add_output, report
+from moegguf.commands.output import console
+from moegguf.commands.progress import shown
+from moegguf.edit.keys import TEXTS
 
 HELP = """\
 Change what a mix says of itself, its chat template, and how many experts run for a token: in place and in a moment, as
@@ -39,37 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    texts = {key: text for flag, (key, _) in TEXTS.items() if (text := getattr(args, flag)) is not None}
-    if args.template:
-        texts[TEMPLATE] = _template(args.template)
-    if texts or args.k is not None:
-        what = [key.rpartition(".")[2] for key in texts] + ["k"] * (args.k is not None)
-        return carry_out(args, plan_set(open_mix(args), texts, args.k), f"{', '.join(what)} set")
-    if not args.recover or args.output:
-        raise UserError("nothing to set", "see `moegguf set --help`")
-    is_undone = recover(args.file)
-    read_header(args.file)
-    if args.json:
-        print_json({"file": str(args.file), "undone": is_undone})
-    state = "an interrupted change of it was undone" if is_undone else "no change of it was interrupted"
-    quiet_for_json(args).print(f"{args.file}: {state}")
+    texts = {flag: text for flag in TEXTS if (text := getattr(args, flag)) is not None}
+    made = set_keys(
+        args.file, output=args.output, **texts, template=args.template, k=args.k, recover=args.recover,
+        threads=args.threads, overwrite=args.force, watch=shown,
+    )  # fmt: skip
+    what = [*texts, *(["template"] if args.template else []), *(["k"] if args.k is not None else [])]
+    if what or args.json:
+        return report(args, made, f"{', '.join(what)} set")
+    console(args).print(f"{made.path}: {UNDONE if made.is_undone else 'no change of it was interrupted'}")
     return 0
-
-
-def _template(path: Path) -> str:
-    """The text of a template that works. Raises UserError for any other."""
-    from moegguf.runtime.template import ChatTemplate
-
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is no text in UTF-8", "convert it") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})", "check the path given to --template") from error
-    try:
-        ChatTemplate(text, "<bos>", "<eos>").prompt([{"role": "user", "content": "hello"}])
-    except UserError as error:
-        raise UserError(f"--template {path}: {error.message}", "mend it, and try again") from error
-    if not text:
-        raise UserError(f"{path}: is empty", "name a file with a template")
-    return text

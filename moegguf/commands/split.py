@@ -5,13 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from moegguf.assembly import usable_cores
-from moegguf.commands.changes import quiet_for_json
-from moegguf.commands.options import check_threads, print_json
-from moegguf.commands.progress import bytes_done
-from moegguf.edit.shards import plan_split, write_parts
-from moegguf.errors import UserError
-from moegguf.sizes import parse_size, show_size
+from moegguf.api.editing import split
+from moegguf.commands.options import print_json
+from moegguf.commands.output import console
+from moegguf.commands.progress import shown
+from moegguf.sizes import show_size
 
 HELP = """\
 Write a GGUF file as several, none larger than a given size: for file systems and uploads with a limit. Names and keys
@@ -34,21 +32,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    check_threads(args.threads)
-    try:
-        max_bytes = parse_size(args.max_size)
-    except UserError as error:
-        raise UserError(f"--max-size {error.message}", error.mend) from None
-    prefix = args.output or args.file.with_suffix("")
-    if prefix.is_dir():
-        raise UserError(f"-o {prefix}: is a folder, the parts need a name", f"write -o {prefix / args.file.stem}")
-    parts = plan_split(args.file, max_bytes, prefix, overwrite=args.force)
-    with bytes_done("writing", sum(part.n_tensor_bytes for part in parts)) as bar:
-        write_parts(args.file, parts, threads=args.threads or usable_cores(), progress=bar.did)
+    parts = split(args.file, args.max_size, output=args.output, threads=args.threads, overwrite=args.force, watch=shown)
     if args.json:
-        print_json([{"file": str(part.path), "bytes": part.n_bytes} for part in parts])
-    console = quiet_for_json(args)
-    for part in parts:
-        console.print(f"wrote {part.path} ({show_size(part.n_bytes)})")
-    console.print(f"runtimes open the first one; to put them together: moegguf merge {parts[0].path}")
+        print_json(
+            {
+                "files": [{"file": str(file.path), "bytes": file.n_bytes} for file in parts.files],
+                "bytes": parts.n_bytes,
+                "seconds": round(parts.seconds, 3),
+            }
+        )
+    out = console(args)
+    for file in parts.files:
+        out.print(f"wrote {file.path} ({show_size(file.n_bytes)})")
+    out.print(f"runtimes open the first one; to put them together: moegguf merge {parts.files[0].path}")
     return 0

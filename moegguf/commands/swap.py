@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from moegguf.commands.changes import add_common, add_output, carry_out, named_sources, open_mix
-from moegguf.edit.experts import plan_swap
+from moegguf.api.editing import swap
+from moegguf.commands.changes import add_common, add_output, named_sources, report
+from moegguf.commands.progress import shown
 
 HELP = """\
 Put another model in the place of an expert. Only that expert's weights are read, quantised to the types that the file
@@ -35,6 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     refs = named_sources(args.experts)
-    change = plan_swap(open_mix(args), refs, imatrix=args.imatrix, stream=args.stream)
-    sources = {expert.name: expert.source for expert in change.card.experts}
-    return carry_out(args, change, ", ".join(f"{name} is {sources[name]}" for name in refs))
+    made = swap(
+        args.file, refs, output=args.output, imatrix=args.imatrix, stream=args.stream, threads=args.threads,
+        overwrite=args.force, watch=shown,
+    )  # fmt: skip
+    sources = {expert.name: expert.source for expert in made.card.experts}
+    return report(args, made, ", ".join(f"{name} is {sources[name]}" for name in refs))

@@ -15,11 +15,15 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from ipaddress import ip_address
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
-from moegguf.commands.options import check_threads, device_names, host_and_port
+from moegguf.checks import check_threads, host_and_port
+from moegguf.commands.options import device_names
 from moegguf.errors import UserError
 from moegguf.sizes import show_size
+
+if TYPE_CHECKING:
+    from moegguf.runtime.offload import Device
 
 HELP = "Lend the GPUs of this machine, or its CPU, to a model that runs on another."
 EXAMPLES = """\
@@ -71,14 +75,26 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"--listen {host}:{port}: llama.cpp cannot listen there", "run it again with --verbose")
         try:
             for device in devices:
-                memory = f"{show_size(device.memory_free)} free of {show_size(device.memory_total)}"
-                print(f"lending    {device.name} ({device.description}), {memory}", file=stdout)
+                print(f"lending    {device.name} ({device.description}), {_memory(device)}", file=stdout)
             print(f"listening  {host}:{port}; use it with --rpc {host}:{port}; Ctrl-C ends it", file=stdout, flush=True)
             server.join()
         except KeyboardInterrupt:
             print("stopped", file=stdout, flush=True)
             os._exit(0)  # the server is C code in a thread, which nothing else ends
     raise UserError(f"--listen {host}:{port}: llama.cpp does not listen any more", "run it again with --verbose")
+
+
+def _memory(device: Device) -> str:
+    """What a device has free. llama.cpp tells clients that all of a CPU's is, and its server takes no other number."""
+    from moegguf.runtime.machine import memory
+
+    if device.kind != "CPU":
+        return f"{show_size(device.memory_free)} free of {show_size(device.memory_total)}"
+    here = memory()
+    return (
+        f"{show_size(here.available)} free of {show_size(here.total)}; clients see all of it as free, and put what fits"
+        " there unless --gpu-layers or --tensor-split tells them less"
+    )
 
 
 def _address(listen: str, *, others_may: bool) -> tuple[str, int]:

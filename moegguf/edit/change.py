@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from io import BufferedRandom
 from pathlib import Path
 
-from moegguf.assembly import check_target, verify
-from moegguf.atomic import check_space
+from moegguf.assembly import verify
+from moegguf.atomic import check_space, check_writable
 from moegguf.edit.finished import FinishedMix, read_mix
 from moegguf.errors import UserError
 from moegguf.journal import Patch, held, locked, undoable, write
@@ -152,6 +152,6 @@ def write_copy(
 
 def check_copy(path: Path, output: Path, *, overwrite: bool) -> None:
     """Raises UserError where no copy of `path` can be written to `output`."""
-    check_target(output, overwrite)
+    check_writable(output, overwrite)
     if output.exists() and output.samefile(path):
         raise UserError(f"{output}: is the file itself", "choose another -o")

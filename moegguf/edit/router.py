@@ -1,29 +1,124 @@
 """Another router for a finished mix: in place, in a moment.
 
 A router is a few float32 matrices and some keys, so replacing it rewrites the header and those matrices. The router
-that the file had can be set again, which restores every byte.
+that the file had is kept beside it and can be set again, which restores every byte.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from gguf import GGUFValue, GGUFValueType
 
-from moegguf.assembly import check_target
+from moegguf.atomic import atomic_file, check_writable
+from moegguf.checks import check_range
 from moegguf.edit.change import refitted_header, with_card
-from moegguf.edit.finished import FinishedMix
+from moegguf.edit.finished import FinishedMix, read_routed_mix
 from moegguf.errors import UserError
 from moegguf.gguf_header import read_header
-from moegguf.journal import Patch, apply, locked
+from moegguf.journal import Patch, apply, locked, recover
 from moegguf.metadata import Card
 from moegguf.recipe import Layout, RouterMode, RouterSpec
 from moegguf.routers import Router, fit_into, make_router
-from moegguf.routers.file import read_router
+from moegguf.routers.file import read_router, router_bytes
 from moegguf.tensor import Metadata, Part, Planned, Slot, constant
-from moegguf.writer import header_bytes, write_gguf
+from moegguf.writer import Written, header_bytes, write_gguf
+
+
+@dataclass(frozen=True)
+class ChangedRouter:
+    """A mix whose router was replaced by that of `card`. The `old` one is kept in the file `kept`."""
+
+    path: Path
+    card: Card
+    old: Router
+    kept: Path
+    seconds: float
+    is_undone: bool
+    """Whether an interrupted change of the mix was undone first."""
+
+    def as_json(self) -> dict[str, object]:
+        """As the command reports it."""
+        return {
+            "file": str(self.path),
+            "in_place": True,
+            "experts": [{"name": expert.name, "source": expert.source} for expert in self.card.experts],
+            "router": self.card.describe_router(),
+            "old_router": {"mode": self.old.mode, "file": str(self.kept)},
+            "seconds": round(self.seconds, 3),
+            "notes": notes_on(self.path, self.is_undone),
+        }
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A file that turns the router of `mix` into `router`."""
+
+    path: Path
+    mix: Path
+    router: Router
+    n_bytes: int
+    is_undone: bool
+    """Whether an interrupted change of the mix was undone first."""
+
+    def as_json(self) -> dict[str, object]:
+        """As the command reports it."""
+        return {
+            "file": str(self.path),
+            "mix": str(self.mix),
+            "bytes": self.n_bytes,
+            "mode": self.router.mode,
+            "experts": list(self.router.experts),
+            "k": self.router.k,
+            "notes": notes_on(self.mix, self.is_undone),
+        }
+
+
+def notes_on(mix: Path, is_undone: bool) -> list[str]:
+    """What whoever opened `mix` should know."""
+    return [f"{mix}: an interrupted change of it was undone"] if is_undone else []
+
+
+def open_routed_mix(path: Path) -> tuple[FinishedMix, bool]:
+    """The finished mix at `path`, and whether an interrupted change of it was undone first.
+
+    Raises UserError as `read_routed_mix` does.
+    """
+    is_undone = recover(path)
+    return read_routed_mix(path), is_undone
+
+
+def kept_router(path: Path) -> Path:
+    """Where the router is kept that the last change of the mix at `path` replaced."""
+    return path.with_name(f"{path.name}.old-router.safetensors")
+
+
+def change_router(path: Path, name: str, *, k: int | None = None, std: float | None = None) -> ChangedRouter:
+    """Set the router that a user names, see `named_router`, in the mix at `path`, and keep the one that it had.
+
+    Raises UserError where it cannot be set; then the mix, and what was kept before, stay as they are.
+    """
+    start = time.monotonic()
+    mix, is_undone = open_routed_mix(path)
+    router, old, kept = named_router(mix, name, k, std), router_of(mix), kept_router(path)
+    with atomic_file(kept) as file:
+        file.write(router_bytes(old))
+        set_router(mix, router)
+    return ChangedRouter(path, read_routed_mix(path).card, old, kept, time.monotonic() - start, is_undone)
+
+
+def export_router(path: Path, name: str, output: Path, *, overwrite: bool = False) -> Written:
+    """Write the router that a user names, see `named_router`, as an adapter for the mix at `path`.
+
+    Raises UserError as `write_adapter` does.
+    """
+    mix, is_undone = open_routed_mix(path)
+    router = named_router(mix, name, mix.card.k if name.startswith(RouterMode.NOISY) else None)
+    written = write_adapter(mix, router, output, overwrite=overwrite)
+    return Adapter(output, path, router, written.n_bytes, is_undone)
 
 
 def router_of(mix: FinishedMix) -> Router:
@@ -46,6 +141,9 @@ def named_router(mix: FinishedMix, name: str, k: int | None = None, std: float |
     Raises UserError when there is no such router, or when it cannot be one of `mix`.
     """
     always_on, n = mix.card.always_on, len(mix.expert_names)
+    check_range("--k", k, 1, n)
+    if std is not None and not (isinstance(std, int | float) and 0 < std <= 10):
+        raise UserError(f"--std {std}: expected more than 0 and at most 10", "the paper's noise is small")
     if name.endswith(".safetensors"):
         if std is not None:
             raise UserError(f"--std {std}: goes with --router noisy", "leave it out")
@@ -56,10 +154,6 @@ def named_router(mix: FinishedMix, name: str, k: int | None = None, std: float |
         spec = RouterSpec(RouterMode.GATELESS, n)
     else:
         spec = RouterSpec(RouterMode.NOISY, k or min(2, n), std or RouterSpec.std, _seed(name), always_on)
-    if not 1 <= spec.k <= n:
-        raise UserError(f"--k {spec.k}: expected 1 to {n}", "the mix has that many experts")
-    if not 0 < spec.std <= 10:
-        raise UserError(f"--std {std}: expected more than 0 and at most 10", "the paper's noise is small")
     return accept(mix, make_router(spec, mix.expert_names, mix.widths), spec, f"--router {name}")
 
 
@@ -140,7 +234,7 @@ def card_with(card: Card, router: Router) -> Card:
     )
 
 
-def write_adapter(mix: FinishedMix, router: Router, output: Path) -> None:
+def write_adapter(mix: FinishedMix, router: Router, output: Path, *, overwrite: bool = False) -> Written:
     """Write what turns the router in the file into `router`, as a LoRA adapter of llama.cpp, to `output`.
 
     ΔW = B A, with A = ΔW (n_expert, n_embd) and B the identity, alpha = rank: llama.cpp scales by alpha / rank
@@ -152,7 +246,7 @@ def write_adapter(mix: FinishedMix, router: Router, output: Path) -> None:
             f"{mix.path}: runs {mix.card.k} experts a token, the router {router.k}, and no adapter can change that",
             f"set it in the file with `moegguf route set`, or fit it with --k {mix.card.k}",
         )
-    _check_adapter_target(output)
+    _check_adapter_target(output, overwrite)
     old = router_of(mix)
     tensors = [
         constant(f"{info.name}.{part}", values)
@@ -170,13 +264,14 @@ def write_adapter(mix: FinishedMix, router: Router, output: Path) -> None:
         "adapter.type": GGUFValue("lora", string),
         "adapter.lora.alpha": GGUFValue(float(len(router.experts)), GGUFValueType.FLOAT32),
     }
-    write_gguf(output, header_bytes(mix.arch, metadata, planned), planned, 1, lambda n_bytes: None)
+    header = header_bytes(mix.arch, metadata, planned)
+    return write_gguf(output, header, planned, 1, lambda n_bytes: None)
 
 
-def _check_adapter_target(output: Path) -> None:
-    """Raises UserError where no adapter can be written. Another adapter is overwritten, a model is not."""
-    check_target(output, overwrite=True)
+def _check_adapter_target(output: Path, overwrite: bool) -> None:
+    """Raises UserError where no adapter can be written. What is there and no adapter is never overwritten."""
     if output.suffix != ".gguf":
         raise UserError(f"-o {output}: expected a name that ends in .gguf", "runtimes look for that ending")
-    if output.exists() and read_header(output).get("general.type") != "adapter":
+    if output.is_file() and read_header(output).get("general.type") != "adapter":
         raise UserError(f"{output}: is there already, and no adapter", "choose another -o")
+    check_writable(output, overwrite)

@@ -14,8 +14,7 @@ from pathlib import Path
 
 from gguf import GGUFValue, GGUFValueType
 
-from moegguf.assembly import check_target
-from moegguf.atomic import atomic_files, check_space
+from moegguf.atomic import atomic_files, check_space, check_writable
 from moegguf.errors import UserError
 from moegguf.gguf_header import read_header, shard_name, shards
 from moegguf.journal import held
@@ -65,7 +64,7 @@ def plan_split(path: Path, max_bytes: int, prefix: Path, *, overwrite: bool = Fa
     for i, group in enumerate(groups):
         keys = (metadata if i == 0 else {}) | _numbers(i, len(groups), len(tensors))
         target = shard_name(prefix, i + 1, len(groups))
-        check_target(target, overwrite)
+        check_writable(target, overwrite)
         parts.append(PlannedFile(target, header_bytes(source.arch, keys, group), tuple(group)))
     return parts
 
@@ -90,7 +89,7 @@ def plan_merge(part: Path, output: Path, *, overwrite: bool = False) -> PlannedF
     if len(paths) == 1:
         raise UserError(f"{part}: is no part of a split file", "pass NAME-00001-of-0000N.gguf")
     source, header = open_gguf(part, str(part), part.name), read_header(paths[0])
-    check_target(output, overwrite)
+    check_writable(output, overwrite)
     if any(output.exists() and output.samefile(path) for path in paths):
         raise UserError(f"{output}: is one of the parts", "choose another -o")
     metadata = {key: header.value(key) for key in header.fields if not key.startswith(_SPLIT)}

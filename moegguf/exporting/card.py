@@ -16,10 +16,12 @@ from pathlib import Path
 import yaml
 
 from moegguf.assembly import TAGS
+from moegguf.atomic import atomic_file
+from moegguf.edit.change import check_copy
 from moegguf.errors import UserError, one_line
 from moegguf.exporting.recipe_toml import recipe_toml
-from moegguf.exporting.results import Table
-from moegguf.gguf_header import Header, shards, whole
+from moegguf.exporting.results import Table, results_table
+from moegguf.gguf_header import Header, read_header, shards, whole
 from moegguf.licences import OTHER, UNKNOWN, asks, combine
 from moegguf.metadata import Card, read_card
 from moegguf.sizes import show_size
@@ -33,6 +35,15 @@ class ModelCard:
     """`text` is the README.md; `warnings` is what it says of licences."""
 
     text: str
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class WrittenCard:
+    """A card that was written to `path`, and what it says of licences."""
+
+    path: Path
+    n_bytes: int
     warnings: tuple[str, ...]
 
 
@@ -67,6 +78,23 @@ def model_card(header: Header, results: Sequence[Table] = (), repo: str = "") ->
     front = yaml.safe_dump(_front_matter(mix), sort_keys=False, allow_unicode=True)
     sections = [f"---\n{front}---", *_about(mix), *_licences(mix), *_recipe(mix), *_measured(results)]
     return ModelCard("\n\n".join([*sections, *_how_to_run(mix, repo)]) + "\n", mix.warnings)
+
+
+def write_card(
+    path: Path, output: Path | None, results: Sequence[Path] = (), repo: str = "", *, overwrite: bool
+) -> WrittenCard:
+    """Write the card of the mix at `path` to `output`, by default to README.md beside it.
+
+    `results` are files that `moegguf eval --json` or `moegguf measure --json` wrote. Raises UserError.
+    """
+    header = read_header(shards(path)[0])
+    target = output or path.parent / "README.md"
+    check_copy(header.path, target, overwrite=overwrite)
+    card = model_card(header, [results_table(file) for file in results], repo)
+    content = card.text.encode()
+    with atomic_file(target) as file:
+        file.write(content)
+    return WrittenCard(target, len(content), card.warnings)
 
 
 def _licence(header: Header, card: Card) -> tuple[str, tuple[str, ...]]:

@@ -3,10 +3,15 @@
 Models are `PUBLISHER/NAME/FILE.gguf` under its models folder. A hard link costs nothing and is the same file, so that a
 later change in place (`moegguf swap --in-place`, `route set`) reaches both names; on another disk it is a copy.
 
-What a model is loaded with unless something else is asked for lies in LM Studio's home, under `.internal`. Its form is
-not documented: it was read off files that LM Studio wrote and off its published SDK (lmstudio.js,
-packages/lms-kv-config/src/schema.ts: `llm.load.numExperts`, 0 for the model's own number), and has not been tried on
-LM Studio itself. Whatever else is in such a file stays as it is.
+What a model is loaded with unless something else is asked for lies in LM Studio's home, in a JSON file under
+`.internal/user-concrete-model-default-config` that has the path of the model's file and `.json` behind it.
+
+Where this is from. The models folder: lmstudio.ai/docs/app/basics/import-model. That such settings are lists
+`load.fields` of keys and values: lmstudio.ai/docs/app/modelyaml. The key: lmstudio.js,
+packages/lms-kv-config/src/schema.ts, `llm.load.numExperts`, 0 for the model's own number. The place and form of the
+file are not documented; they are those of files that people keep of it (for one, `PUBLISHER/NAME/FILE.gguf.json` in
+published configurations of Nix's home-manager), and have not been tried on LM Studio itself. Whatever else is in such a
+file stays as it is.
 """
 
 from __future__ import annotations
@@ -14,15 +19,17 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from moegguf.atomic import atomic_file, check_space, new_folder
 from moegguf.errors import UserError
-from moegguf.gguf_header import Header, shards
+from moegguf.gguf_header import Header, read_header, shards
 from moegguf.journal import held
+from moegguf.stores import is_folder, lmstudio_folder, lmstudio_home
 from moegguf.tensor import largest
+from moegguf.watch import Watch
 
 PUBLISHER = "moegguf"
 DEFAULTS = Path(".internal") / "user-concrete-model-default-config"
@@ -44,6 +51,44 @@ class Place:
     @property
     def folder(self) -> Path:
         return self.models / self.publisher / self.name
+
+
+@dataclass(frozen=True)
+class Placed:
+    """What LM Studio was given: files → "linked", "copied" or "there already".
+
+    `settings` is where the number of experts that run for a token, `n_experts`, was written; None where LM Studio has
+    no home here, or the model no experts.
+    """
+
+    place: Place
+    files: Mapping[Path, str]
+    n_bytes: int
+    n_experts: int | None
+    settings: Path | None
+
+
+def export(
+    path: Path, models: Path | None, publisher: str, name: str | None, *, overwrite: bool, watch: Watch
+) -> Placed:
+    """Put the GGUF at `path` where LM Studio finds it, and its number of experts into LM Studio's settings.
+
+    `models` is LM Studio's models folder, by default that of its settings; the model's name is by default the file's.
+    Raises UserError before anything is written.
+    """
+    first = shards(path)[0]
+    place = make_place(models or lmstudio_folder(), publisher, name or first.stem)
+    n_experts = experts_used(read_header(first))
+    settings = defaults_of(lmstudio_home(), place, first.name)
+    has_settings = n_experts is not None and is_folder(lmstudio_home())
+    defaults = read_defaults(settings) if has_settings else {}
+    n_bytes = sum(shard.stat().st_size for shard in shards(first))
+    with watch("copying", "bytes") as step:
+        step.has(n_bytes)
+        files = put(first, place, overwrite=overwrite, progress=step.did)
+    if has_settings:
+        set_experts(settings, defaults, n_experts)
+    return Placed(place, files, n_bytes, n_experts, settings if has_settings else None)
 
 
 def make_place(models: Path, publisher: str, name: str) -> Place:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from moegguf.checks import check_range
 from moegguf.errors import UserError
 from moegguf.gguf_header import SHARD, Header
 from moegguf.metadata import Card
@@ -64,13 +65,14 @@ def check_whole(path: Path) -> None:
         raise UserError(f"{path}: is one of {count} shards, and Ollama takes one file", "run `moegguf merge` first")
 
 
-def parameters(header: Header, ctx: int | None, given: Mapping[str, str]) -> dict[str, int | float]:
-    """The file's sampling settings and a context, with what is `given` on top. Raises UserError for a bad one."""
+def parameters(header: Header, ctx: int | None, given: Mapping[str, object]) -> dict[str, int | float]:
+    """A context and the file's sampling settings, with what is `given` on top. Raises UserError for a bad one."""
+    check_range("--ctx", ctx, 1)
     n_ctx = largest(header.get(f"{header.get('general.architecture')}.context_length", DEFAULT_CTX))
     found = {name: header.get(key) for name, (key, _) in SAMPLING.items()}
     values = {"num_ctx": ctx or min(n_ctx, DEFAULT_CTX)}
     values |= {name: value for name, value in found.items() if isinstance(value, int | float)}
-    return values | {name: _parameter(name, text) for name, text in given.items()}
+    return values | {name: _parameter(name, str(value)) for name, value in given.items()}
 
 
 def _parameter(name: str, text: str) -> int | float:

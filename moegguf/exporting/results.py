@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moegguf.errors import UserError
+from moegguf.sizes import show_size
 
 Table = list[list[str]]
 """Rows of cells, the head first."""
@@ -53,7 +54,7 @@ def _divergences(content: dict) -> Table:
         kld, top1, perplexity = overall["kld"], overall["top1"], overall["perplexity"]
         error = "" if kld["error"] is None else f" ± {kld['error']:.1g}"
         rows.append([
-            model["name"], f"{model['size'] / 1e9:.2f} GB" if model["size"] >= 1e9 else f"{model['size'] / 1e6:.1f} MB",
+            model["name"], show_size(model["bytes"]),
             f"{kld['mean']:.3g}{error}", f"{top1['share']:.2%}", f"{perplexity['value']:.4g}",
         ])  # fmt: skip
     return [head, *rows]

@@ -23,6 +23,25 @@ _GRACE_S = 10
 
 
 @dataclass(frozen=True)
+class Benchmarks:
+    """`names` of tasks, with commas between; `folder` holds tasks of one's own, as YAML; `limit` is items per task."""
+
+    names: str
+    folder: Path | None = None
+    limit: int | None = None
+
+    def check(self) -> None:
+        """Raises UserError where lm_eval is not installed, or the folder is none."""
+        if importlib.util.find_spec("lm_eval") is None:
+            raise UserError(
+                "benchmarks are run by lm-evaluation-harness, which is not installed here",
+                "run: pip install 'moegguf[harness]'",
+            )
+        if self.folder and not self.folder.is_dir():
+            raise UserError(f"--harness-path {self.folder}: is no folder", "name the one that holds your tasks")
+
+
+@dataclass(frozen=True)
 class HarnessRun:
     """`table` is what lm_eval prints; `results` maps a task to its metrics, as lm_eval writes them."""
 
@@ -30,25 +49,11 @@ class HarnessRun:
     results: dict[str, dict[str, object]]
 
 
-def check_harness() -> None:
-    """Raises UserError where lm_eval is not installed."""
-    if importlib.util.find_spec("lm_eval") is None:
-        raise UserError(
-            "benchmarks are run by lm-evaluation-harness, which is not installed here",
-            "run: pip install 'moegguf[harness]'",
-        )
+def run_harness(url: str, benchmarks: Benchmarks, n_ctx: int, *, name: str, show_progress: bool = False) -> HarnessRun:
+    """Run `benchmarks` against the model `name` at `url`, whose context holds `n_ctx` tokens.
 
-
-def run_harness(
-    url: str, tasks: str, n_ctx: int, *, name: str, folder: Path | None = None, limit: int | None = None,
-    show_progress: bool = False,
-) -> HarnessRun:  # fmt: skip
-    """Run `tasks` (names with commas between) against the model at `url`, whose context holds `n_ctx` tokens.
-
-    `folder` holds tasks of one's own, as YAML; `limit` is the number of items per task. Raises UserError with what
-    the harness says when it fails; ends it when interrupted.
+    Raises UserError with what the harness says when it fails; ends it when interrupted.
     """
-    check_harness()
     arguments = {
         "model": name.replace(",", "_").replace("=", "_"),
         "base_url": f"{url}/v1/completions",
@@ -62,9 +67,9 @@ def run_harness(
         command = [
             sys.executable, "-m", "lm_eval", "run", "--model", "local-completions",
             "--model_args", ",".join(f"{key}={value}" for key, value in arguments.items()),
-            "--tasks", tasks, "--batch_size", str(BATCH_SIZE), "--output_path", scratch,
-            *(("--include_path", str(folder)) if folder else ()),
-            *(("--limit", str(limit)) if limit else ()),
+            "--tasks", benchmarks.names, "--batch_size", str(BATCH_SIZE), "--output_path", scratch,
+            *(("--include_path", str(benchmarks.folder)) if benchmarks.folder else ()),
+            *(("--limit", str(benchmarks.limit)) if benchmarks.limit else ()),
         ]  # fmt: skip
         table = _run(command, Path(scratch) / "log", show_progress)
         return HarnessRun(table, _results(Path(scratch)))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
@@ -30,22 +31,19 @@ class Ledger:
         Raises UserError when the file cannot be written.
         """
         self.path = folder / f"{_digest(dict(depends_on))}.jsonl"
-        try:
+        with self._written():
             folder.mkdir(parents=True, exist_ok=True)
             self._kept = {} if fresh or not self.path.exists() else dict(_read(self.path))
             self._file = open(self.path, "w" if fresh else "a", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
-        except OSError as error:
-            raise UserError(
-                f"{self.path}: cannot be written ({error.strerror})", "choose another folder with --cache"
-            ) from error
-        if self._file.tell():
-            self._file.write("\n")  # after a line that was cut short
+            if self._file.tell():
+                self._file.write("\n")  # after a line that was cut short
 
     def __enter__(self) -> Ledger:
         return self
 
     def __exit__(self, *_) -> None:
-        self._file.close()
+        with self._written():
+            self._file.close()
 
     def outcomes(self, task: Task) -> dict[int, Outcome]:
         """Number of the item → its outcome, for those items of `task` that have one."""
@@ -53,9 +51,20 @@ class Ledger:
         return {i: outcome for i, outcome in found.items() if outcome is not None}
 
     def add(self, metric: Metric, item: Item, outcome: Outcome) -> None:
-        """Keep an outcome, on disk too."""
-        self._file.write(json.dumps({"item": _item_digest(metric, item), **asdict(outcome)}) + "\n")
-        self._file.flush()
+        """Keep an outcome, on disk too. Raises UserError."""
+        with self._written():
+            self._file.write(json.dumps({"item": _item_digest(metric, item), **asdict(outcome)}) + "\n")
+            self._file.flush()
+
+    @contextmanager
+    def _written(self) -> Iterator[None]:
+        """Within this block something is done to the file."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: cannot be written ({error.strerror})", "choose another folder with --cache"
+            ) from error
 
     def _outcome(self, metric: Metric, item: Item) -> Outcome | None:
         fields = self._kept.get(_item_digest(metric, item))

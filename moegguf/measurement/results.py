@@ -40,6 +40,10 @@ class Figure:
     value_by_length: float | None = None
     """Of multiple choice: the share that is right when log p is divided by the choice's length in characters."""
 
+    def as_json(self) -> dict[str, object]:
+        fields = {"metric": self.metric, "value": self.value, "n": self.n, "ci": self.interval}
+        return fields | ({"value_by_length": self.value_by_length} if self.metric is Metric.CHOICE else {})
+
 
 @dataclass(frozen=True)
 class Mean:

@@ -69,19 +69,15 @@ class Task:
     items: tuple[Item, ...]
 
 
-def read_tasks(specs: Sequence[str], folder: Path = Path()) -> list[Task]:
-    """The tasks `FILE`, `NAME=FILE` or `demo:DOMAIN/heldout`; without a name, the file's stem is one.
-
-    Raises one UserError with the faults of all files.
-    """
+def read_tasks(refs: Iterable[tuple[str, str]], folder: Path = Path()) -> list[Task]:
+    """The tasks of (name, reference): a file, or `demo:DOMAIN/heldout`. Raises one UserError with the faults of all."""
     tasks: dict[str, Task] = {}
     faults: list[UserError] = []
-    for spec in specs:
+    for name, ref in refs:
         try:
-            task = _task(spec, folder)
-            if task.name in tasks:
-                raise UserError(f"--tasks {spec}: there is a task {task.name} already", "name it: NAME=FILE")
-            tasks[task.name] = task
+            if name in tasks:
+                raise UserError(f"{ref}: there is a task {name} already", "name it: NAME=FILE")
+            tasks[name] = _task(name, ref, folder)
         except UserError as error:
             faults.append(error)
     if faults:
@@ -105,16 +101,10 @@ def answer_of(record: Chat | Completion) -> str:
     return record.completion if isinstance(record, Completion) else record.messages[-1].content
 
 
-def _task(spec: str, folder: Path) -> Task:
-    named, equals, ref = spec.partition("=")
-    if not equals or (folder / spec).exists():
-        named, ref = "", spec
-    if ref.startswith("demo:"):
-        name = ref.removeprefix("demo:").partition("#")[0].removesuffix("/heldout")
-        return _of_one_metric(named or name, read_records(ref, folder))
+def _task(name: str, ref: str, folder: Path) -> Task:
     path = resolve(ref, folder)
-    items = read_lines(path, _item) if path.suffix == ".jsonl" else read_records(ref, folder)
-    return _of_one_metric(named or path.stem, items)
+    has_lines = path.suffix == ".jsonl" and not ref.startswith("demo:")
+    return _of_one_metric(name, read_lines(path, _item) if has_lines else read_records(ref, folder))
 
 
 def _of_one_metric(name: str, items: Sequence[Item]) -> Task:

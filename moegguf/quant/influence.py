@@ -18,7 +18,7 @@ embedded family, in its gate-less mix and in its base alone: of their 58 tensors
 two and 53 within three. From Q4_K to Q3_K divergences were proportional to errors there, and likewise in a generated
 model of six layers with random weights; but random layers amplify errors on their way (κ > 1), as trained ones do not,
 so of that model nothing else was used. Predicted losses are to be compared with each other rather than believed; where
-a mix can be run, a few measurements correct them, group by group and layer by layer (`moegguf.probing`).
+a mix can be run, a few measurements correct them, group by group and layer by layer (`moegguf.jobs.probing`).
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ from moegguf.families import TensorName
 from moegguf.mix import ATTENTION_ROLES, FFN_ROLES, Expert, Mix
 from moegguf.quant import ggml
 from moegguf.routers import FFN, Router, Site
-from moegguf.tensor import Source, Tensor, largest
+from moegguf.tensor import Source, Tensor
 
 ARCH = "llama"
 
@@ -344,15 +344,13 @@ class _Assembly:
     def model(self) -> ReferenceModel:
         base = self.mix.base
         eps = self._hparam("attention.layer_norm_rms_epsilon")
-        n_head = largest(self._hparam("attention.head_count"))
-        head_dim = int(base.hparam("attention.key_length", self.mix.n_embd // n_head))
         token_embd = self.linear("token_embd")
         model = ReferenceModel(
             token_embd,
-            [self.block(layer, head_dim, eps) for layer in range(self.mix.n_layer)],
+            [self.block(layer, base.head_size, eps) for layer in range(self.mix.n_layer)],
             RmsNorm(self.trunk("output_norm.weight"), eps),
             self.linear("output") if "output.weight" in self.mix.trunk else token_embd,
-            Rope.of(base, head_dim, self.rope_factors()),
+            Rope.of(base, base.head_size, self.rope_factors()),
             self.mix.router,
         )
         if self.unread:

@@ -42,6 +42,7 @@ from enum import StrEnum
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import transformers
@@ -180,7 +181,18 @@ def train(
     return Trained(_router(model, trained, record), steps, stopped_at)
 
 
-def choose_device(device: str, dtype: str, threads: int | None) -> tuple[torch.device, torch.dtype]:
+class Place(NamedTuple):
+    """Where to train, and the type of what is frozen, which is that of the arithmetic."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def type_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+
+def choose_place(device: str, dtype: str, threads: int | None) -> Place:
     """Where to train and the type of what is frozen; `auto` is a GPU if there is one, and there bfloat16.
 
     All of PyTorch uses `threads` from now on, if given. Raises UserError where there is no GPU and one is asked for.
@@ -192,7 +204,7 @@ def choose_device(device: str, dtype: str, threads: int | None) -> tuple[torch.d
         raise UserError("--device cuda: PyTorch finds no GPU here", "leave it out to train on the CPU")
     device = "cuda" if device != "cpu" and has_gpu else "cpu"
     dtype = dtype if dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
-    return torch.device(device), getattr(torch, dtype)
+    return Place(torch.device(device), getattr(torch, dtype))
 
 
 @contextmanager

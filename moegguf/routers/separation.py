@@ -44,6 +44,15 @@ class Separation:
         """Share of tokens whose first choice is each expert: float64 (n_layer, n_expert)."""
         return self.shares.mean(axis=1)
 
+    def as_json(self) -> dict[str, object]:
+        return {
+            "domains": list(self.domains),
+            "top1": float(self.top1.mean()),
+            "top1_by_layer": self.top1.tolist(),
+            "load": dict(zip(self.experts, self.load.mean(axis=0).tolist(), strict=True)),
+            "load_by_layer": self.load.tolist(),
+        }
+
     @property
     def covers_all(self) -> bool:
         return len(self.domains) == len(self.experts)

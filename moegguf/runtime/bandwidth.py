@@ -6,6 +6,7 @@ a copy within it by ggml, which reads and writes once each. The best of a few ru
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,8 +22,9 @@ _RUNS = 5
 _BOOKKEEPING = 1 << 16  # of two tensors
 
 
+@functools.cache
 def memory_bandwidth(threads: int) -> float:
-    """Bytes of main memory that `threads` read in a second. Takes about 0.1 s."""
+    """Bytes of main memory that `threads` read in a second, measured once in a process. Takes about 0.1 s."""
     arrays = [np.ones(_BYTES // 8 // threads, np.int64) for _ in range(threads)]
     with ThreadPoolExecutor(threads) as pool:
         return sum(array.nbytes for array in arrays) / _shortest(lambda: list(pool.map(np.sum, arrays)))

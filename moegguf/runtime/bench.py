@@ -22,11 +22,20 @@ from pathlib import Path
 
 import psutil
 
+from moegguf.checks import LARGEST, check_range
 from moegguf.errors import UserError
-from moegguf.gguf_header import whole
+from moegguf.gguf_header import Header, read_header, whole
+from moegguf.runtime.bandwidth import memory_bandwidth
 from moegguf.runtime.context import Context, Entry
-from moegguf.runtime.model import Model, RunOptions, open_model
+from moegguf.runtime.machine import physical_cores
+from moegguf.runtime.model import RunOptions, open_model
 from moegguf.runtime.offload import demand_of
+from moegguf.runtime.run_options import MIN_CTX, hparam
+from moegguf.watch import Watch
+
+PROMPTS, ANSWERS = (128, 512), (32, 128)
+"""Lengths that are run where none are given, or the model's context where that is shorter."""
+LONGEST = 1 << 20
 
 Progress = Callable[[int], None]
 """Hears how many tokens have just been evaluated."""
@@ -72,6 +81,35 @@ class Bench:
         """Bytes of weights per second that the fastest generation read; 0 without one."""
         return self.touched * max((rate.mean for rate in self.generations), default=0.0)
 
+    def as_json(self) -> dict:
+        def rates(of: Sequence[Rate]) -> list[dict]:
+            return [
+                {"n_tokens": rate.n_tokens, "tokens_per_s": rate.mean, "stdev": rate.spread, "seconds": rate.seconds}
+                for rate in of
+            ]
+
+        return {
+            "path": str(self.path),
+            "prompts": rates(self.prompts),
+            "generations": rates(self.generations),
+            "first_token_seconds": {rate.n_tokens: rate.n_tokens / rate.mean for rate in self.prompts},
+            "load_seconds": self.load_seconds,
+            "resident_bytes": self.resident,
+            "touched_bytes_per_token": self.touched,
+            "bytes_per_s": self.bandwidth,
+        }
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """Files measured one after the other, on a machine whose memory reads `stream` bytes in a second."""
+
+    stream: float
+    models: tuple[Bench, ...]
+
+    def as_json(self) -> dict:
+        return {"stream_bytes_per_s": self.stream, "models": [each.as_json() for each in self.models]}
+
 
 @dataclass(frozen=True)
 class Lengths:
@@ -91,33 +129,69 @@ class Lengths:
         return self.repeat * sum(self.prompts + self.generations) + _warm_up(self.prompts) + bool(self.generations)
 
 
+def bench_all(
+    paths: Sequence[Path],
+    options: RunOptions,
+    watch: Watch,
+    *,
+    prompts: Sequence[int] | None = None,
+    generations: Sequence[int] | None = None,
+    repeat: int = 5,
+) -> Speeds:
+    """Measure each file, with the same prompts and generations, of so many tokens. Raises UserError as `bench` does."""
+    check_range("--repeat", repeat, 1)
+    headers = [read_header(path) for path in paths]
+    longest = min(hparam(header, "context_length", LARGEST) for header in headers)
+    lengths = Lengths(_lengths(prompts, PROMPTS, longest), _lengths(generations, ANSWERS, longest), repeat)
+    if not lengths.prompts + lengths.generations:
+        raise UserError("--prompt 0 and --generate 0 leave nothing to measure", "leave one of them out")
+    for header in headers:
+        _check_trained(header, lengths)
+    stream = memory_bandwidth(options.threads or physical_cores())
+    found = []
+    for path in paths:
+        with watch(path.name, "tokens") as step:
+            step.has(lengths.n_tokens)
+            found.append(bench(path, options, lengths, step.did))
+    return Speeds(stream, tuple(found))
+
+
 def bench(path: Path, options: RunOptions, lengths: Lengths, progress: Progress = lambda n: None) -> Bench:
-    """Measure the GGUF at `path`. Raises UserError as `open_model` does, and for lengths beyond the model's context."""
+    """Measure the GGUF at `path`. Raises UserError as `open_model` does."""
     before = psutil.Process().memory_info().rss
     start = time.perf_counter()
-    with open_model(path, replace(options, ctx=options.ctx or lengths.longest)) as model:
+    with open_model(path, replace(options, ctx=options.ctx or max(lengths.longest, MIN_CTX))) as model:
         load_seconds = time.perf_counter() - start
-        _check_trained(model, lengths)
         with model.open_context(n_batch=options.batch, n_sequences=1, n_outputs=1) as context:
             runs = _Runs(context, model.vocab.n_tokens, options.batch, progress)
             runs.prompt(_warm_up(lengths.prompts))
             runs.generation(1 if lengths.generations else 0)
-            prompts = tuple(_repeated(runs.prompt, n, lengths.repeat) for n in lengths.prompts)
-            generations = tuple(_repeated(runs.generation, n, lengths.repeat) for n in lengths.generations)
+            measured = tuple(_repeated(runs.prompt, n, lengths.repeat) for n in lengths.prompts)
+            generated = tuple(_repeated(runs.generation, n, lengths.repeat) for n in lengths.generations)
         resident = psutil.Process().memory_info().rss - before
         demand = demand_of(whole(model.header), experts_used=options.experts_used, kv_cache=0)
     touched = round(sum(weight.touched for weight in demand.weights))
-    return Bench(path, load_seconds, prompts, generations, resident, touched)
+    return Bench(path, load_seconds, measured, generated, resident, touched)
+
+
+def _lengths(asked: Sequence[int] | None, default: Sequence[int], longest: int) -> tuple[int, ...]:
+    if asked is None:
+        return tuple(dict.fromkeys(min(n, longest) for n in default))
+    for n in asked:
+        check_range("a length in tokens,", n, 0, LONGEST)
+    return tuple(n for n in asked if n)
 
 
 def _warm_up(prompts: Sequence[int]) -> int:
     return max(prompts, default=0)
 
 
-def _check_trained(model: Model, lengths: Lengths) -> None:
-    trained = model.header.get(f"{model.header.get('general.architecture')}.context_length", lengths.longest)
+def _check_trained(header: Header, lengths: Lengths) -> None:
+    trained = hparam(header, "context_length", lengths.longest)
     if lengths.longest > trained:
-        raise UserError(f"{model.name}: its context is {trained} tokens, {lengths.longest} were asked for", "ask fewer")
+        raise UserError(
+            f"{header.path.name}: its context is {trained} tokens, {lengths.longest} were asked for", "ask fewer"
+        )
 
 
 def _repeated(run: Callable[[int], float], n_tokens: int, repeat: int) -> Rate:

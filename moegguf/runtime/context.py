@@ -10,7 +10,7 @@ llama.cpp's abort callback. Where a GPU backend computes, llama.cpp asks that ca
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -64,8 +64,9 @@ class Context:
         """Free the key-value cache and the buffers."""
         if self.pointer:
             llama_cpp.llama_batch_free(self._batch)
-            llama_cpp.llama_free(self.pointer)
-            self.pointer = None
+            with kept_interrupt():
+                llama_cpp.llama_free(self.pointer)
+                self.pointer = None
 
     def decode(self, entries: Sequence[Entry]) -> None:
         """Evaluate `entries` (at least one) after what their sequences hold. Raises KeyboardInterrupt at Ctrl-C."""
@@ -87,8 +88,8 @@ class Context:
         """float32 (n_outputs, n_vocab) of the last `decode`, in the order of its entries; valid until the next."""
         if not self._n_outputs:
             return np.empty((0, self._n_vocab), np.float32)
-        values = llama_cpp.llama_get_logits(self.pointer)
         with kept_interrupt():  # numpy runs Python code while it looks at the pointer, and drops what is raised there
+            values = llama_cpp.llama_get_logits(self.pointer)
             return np.ctypeslib.as_array(values, shape=(self._n_outputs, self._n_vocab))
 
     def forget(self, sequence: int = -1) -> None:
@@ -133,10 +134,13 @@ def _init(weights: llama_cpp.llama_model_p, params: llama_cpp.llama_context_para
 
 
 @contextmanager
-def interruptible(context: llama_cpp.llama_context_p) -> Iterator[None]:
-    """Let Ctrl-C end the llama_decode call within this block, as KeyboardInterrupt."""
+def interruptible(
+    context: llama_cpp.llama_context_p, is_unwanted: Callable[[], bool] = lambda: False
+) -> Iterator[None]:
+    """Let Ctrl-C end the llama_decode call within this block, as KeyboardInterrupt; and `is_unwanted`, which is asked
+    again and again meanwhile, as RuntimeError."""
     with kept_interrupt() as pressed:
-        abort = llama_cpp.ggml_abort_callback(lambda _: pressed.is_set())
+        abort = llama_cpp.ggml_abort_callback(lambda _: pressed.is_set() or is_unwanted())
         llama_cpp.llama_set_abort_callback(context, abort, None)
         try:
             yield

@@ -17,6 +17,7 @@ import llama_cpp
 from llama_cpp._ctypes_extensions import load_shared_library
 
 from moegguf.errors import UserError
+from moegguf.interrupt import kept_interrupt
 from moegguf.runtime.offload import Device, Offload, Placement
 
 _KINDS = ("CPU", "GPU", "IGPU", "ACCEL", "META")  # enum ggml_backend_dev_type
@@ -106,7 +107,8 @@ def devices(workers: Sequence[str] = ()) -> tuple[Device, ...]:
 
 def _device(handle: int) -> Device:
     free, total = _SIZE(), _SIZE()
-    function("ggml_backend_dev_memory")(handle, ctypes.byref(free), ctypes.byref(total))
+    with kept_interrupt():  # a worker is asked
+        function("ggml_backend_dev_memory")(handle, ctypes.byref(free), ctypes.byref(total))
     return Device(
         name=text("ggml_backend_dev_name", handle),
         description=text("ggml_backend_dev_description", handle),

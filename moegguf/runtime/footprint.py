@@ -4,6 +4,10 @@ llama.cpp can load a model without its weights (`llama_model_params.no_alloc`) a
 allocating them. It says their sizes in its log alone (llama_get_memory_breakdown is C++), so they are read from there.
 The weights are never read, so a file of the right header and size, all of it a hole, is enough: a mix can be measured
 before it is built.
+
+Even so llama.cpp keeps a list of the cache's cells, which for a long context takes gigabytes and minutes. As cache and
+compute buffers grow with the context in a straight line, those of more than a million tokens are reckoned from those of
+two shorter contexts.
 """
 
 from __future__ import annotations
@@ -25,6 +29,8 @@ _COMPUTE_BUFFER = re.compile(r": +(\S+) compute buffer size = +([0-9.]+) MiB")
 _CACHE = re.compile(r": size = +([0-9.]+) MiB \( *\d+ cells")
 _MIB = 1 << 20
 _WITHOUT_MMAP = 0  # LLAMA_LOAD_MODE_NONE of llama.h
+LONG = 1 << 20
+"""Tokens of the longest context that llama.cpp is asked for."""
 
 
 def compute_bytes(header: bytes, n_bytes: int, n_ctx: int, folder: Path) -> int:
@@ -48,6 +54,19 @@ def footprint(path: Path, placement: Placement, context: llama_cpp.llama_context
 
     Raises UserError when llama.cpp does not load the file, or has no room even to plan.
     """
+    if context.n_ctx <= LONG:
+        return _laid_out(path, placement, context)
+    half, whole = (_laid_out(path, placement, _of_length(context, n_ctx)) for n_ctx in (LONG // 2, LONG))
+    return whole.prolonged(half, (context.n_ctx - LONG) / (LONG - LONG // 2))
+
+
+def _of_length(context: llama_cpp.llama_context_params, n_ctx: int) -> llama_cpp.llama_context_params:
+    copy = type(context).from_buffer_copy(context)
+    copy.n_ctx = n_ctx
+    return copy
+
+
+def _laid_out(path: Path, placement: Placement, context: llama_cpp.llama_context_params) -> Footprint:
     params = fill(llama_cpp.llama_model_default_params(), placement)
     params.no_alloc, params.load_mode = True, _WITHOUT_MMAP
     with llama_log().heard() as lines, kept_interrupt():

@@ -34,7 +34,7 @@ class Log:
 
     @contextmanager
     def heard(self) -> Iterator[list[str]]:
-        """All that is said within this block, but for blocks of this kind within it."""
+        """All that is said within this block, but for blocks of this kind within it; none of it is shown."""
         self.forget()
         before, self._heard = self._heard, []
         try:
@@ -45,10 +45,10 @@ class Log:
     def _write(self, level: int, text: bytes, _user_data) -> None:
         line = text.decode("utf-8", errors="replace")
         self._level = self._level if level == _CONTINUED else level
-        if self._verbose:
-            sys.stderr.write(line)
         if self._heard is not None:
             self._heard.append(line)
+        elif self._verbose:
+            sys.stderr.write(line)
         if self._level == _ERROR:
             self._errors.append(line.strip())
 

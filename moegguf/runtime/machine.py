@@ -94,6 +94,32 @@ class Machine:
     runtime_error: str
     stores: tuple[Store, ...]
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether everything that moegguf cannot do without is here."""
+        return self.runtime is not None and all(self.packages[name] for name in NEEDED)
+
+    @property
+    def advice(self) -> list[str]:
+        """What is missing or could be better, each with what to do about it; empty when all is well."""
+        lines = [f"{name} is not installed: pip install {name}" for name in NEEDED if self.packages[name] is None]
+        if self.runtime is None:
+            lines.append(f"llama.cpp does not load ({self.runtime_error}): reinstall llama-cpp-python")
+        elif not self.runtime.has_gpu:
+            lines.append(
+                "no GPU backend: --gpu-layers has no effect; with a GPU, reinstall llama-cpp-python built for it, e.g."
+                ' CMAKE_ARGS="-DGGML_CUDA=on" (or _METAL, _VULKAN, _HIP)'
+            )
+        else:
+            lines.append("a GPU is there, and is used: `moegguf plan FILE` says for what")
+        if self.packages["huggingface-hub"] is None:
+            lines.append("huggingface-hub is not installed: hf: references need it")
+        if self.memory.available < 2 * 10**9:
+            lines.append("less than 2 GB of memory is available: close something, or take small models only")
+        if self.disk_free < 10 * 10**9:
+            lines.append("less than 10 GB of disk is free here: a mix of 7B models needs more")
+        return lines
+
 
 def inspect_machine(folder: Path) -> Machine:
     """Look at this machine, with the disk that `folder` is on."""
@@ -111,36 +137,10 @@ def inspect_machine(folder: Path) -> Machine:
     )
 
 
-def is_complete(machine: Machine) -> bool:
-    """Whether everything that moegguf cannot do without is here."""
-    return machine.runtime is not None and all(machine.packages[name] for name in NEEDED)
-
-
 def has_gpu() -> bool:
     """Whether llama.cpp can put layers on a GPU here."""
     runtime, _ = _load_runtime()
     return runtime is not None and runtime.has_gpu
-
-
-def advice(machine: Machine) -> list[str]:
-    """What is missing or could be better, each with what to do about it; empty when all is well."""
-    lines = [f"{name} is not installed: pip install {name}" for name in NEEDED if machine.packages[name] is None]
-    if machine.runtime is None:
-        lines.append(f"llama.cpp does not load ({machine.runtime_error}): reinstall llama-cpp-python")
-    elif not machine.runtime.has_gpu:
-        lines.append(
-            "no GPU backend: --gpu-layers has no effect; with a GPU, reinstall llama-cpp-python built for it, e.g."
-            ' CMAKE_ARGS="-DGGML_CUDA=on" (or _METAL, _VULKAN, _HIP)'
-        )
-    else:
-        lines.append("a GPU is there, and is used: `moegguf plan FILE` says for what")
-    if machine.packages["huggingface-hub"] is None:
-        lines.append("huggingface-hub is not installed: hf: references need it")
-    if machine.memory.available < 2 * 10**9:
-        lines.append("less than 2 GB of memory is available: close something, or take small models only")
-    if machine.disk_free < 10 * 10**9:
-        lines.append("less than 10 GB of disk is free here: a mix of 7B models needs more")
-    return lines
 
 
 # --- cores ---
@@ -205,8 +205,9 @@ def _memory_limits() -> Iterator[tuple[int, int]]:
         if limit == "max" or int(limit) >= _NO_LIMIT:
             continue
         used = int(_text(folder / "memory.current") or _text(folder / "memory.usage_in_bytes") or 0)
-        reclaimable = re.search(r"^(?:total_)?inactive_file (\d+)", _text(folder / "memory.stat") or "", re.M)
-        yield int(limit), used - int(reclaimable[1] if reclaimable else 0)
+        stat = _text(folder / "memory.stat") or ""
+        cached = [re.search(rf"^(?:total_)?{kind}_file (\d+)", stat, re.M) for kind in ("inactive", "active")]
+        yield int(limit), used - sum(int(found[1]) for found in cached if found)
 
 
 def _cgroups(controller: str) -> Iterator[Path]:

@@ -23,17 +23,17 @@ import llama_cpp
 
 from moegguf.errors import UserError
 from moegguf.gguf_header import Header, read_header
-from moegguf.interrupt import kept_interrupt
+from moegguf.interrupt import call_under_way, kept_interrupt
 from moegguf.metadata import Card, read_card
 from moegguf.runtime.context import Context, interruptible
-from moegguf.runtime.devices import fill
+from moegguf.runtime.devices import accelerators, fill
 from moegguf.runtime.log import llama_log
+from moegguf.runtime.lost import keep_alive
 from moegguf.runtime.offload import FlashAttention, Placement
-from moegguf.runtime.placing import flash_attention, place_model, plan_model
+from moegguf.runtime.placing import check_room, flash_attention, place_model, plan_model
 from moegguf.runtime.run_options import DEFAULT_CTX, DEFAULT_OPTIONS, RunOptions, ctx_of, hparam, key_of, threads_for
 from moegguf.runtime.sampling import MAX_SEED, Sampling
 from moegguf.runtime.vocab import Vocab
-from moegguf.runtime.workers import keep_watch
 
 _ADAPTER_MEND = "pass a LoRA GGUF that was made for this model"
 
@@ -74,7 +74,7 @@ def open_model(path: str | Path, options: RunOptions = DEFAULT_OPTIONS) -> Model
     except UserError:
         model.close()
         raise
-    keep_watch(options.offload.workers)
+    keep_alive(options.offload.workers)
     return model
 
 
@@ -85,6 +85,7 @@ class Model:
         self.llama = llama
         self.header = header
         self.card = card
+        self._options = options
         self.n_ctx = ctx_of(header, options)
         """Tokens that prompt and answer may take together (llama.cpp may have rounded its own number up)."""
         self.n_cells = options.ctx or DEFAULT_CTX
@@ -101,7 +102,8 @@ class Model:
 
     def close(self) -> None:
         """Free the weights and the context."""
-        self.llama.close()
+        with kept_interrupt():
+            self.llama.close()
 
     @property
     def placement(self) -> Placement:
@@ -132,6 +134,7 @@ class Model:
     def open_context(self, *, n_batch: int, n_sequences: int, n_outputs: int, on_node: OnNode | None = None) -> Context:
         """Another context on these weights: `n_cells` tokens in at most `n_sequences` at a time, `n_batch` at once, of
         which `n_outputs` (at least `n_sequences`) may ask for output; `on_node` sees every node that is computed."""
+        check_room([self.header], self._options, accelerators(self._options.offload), ctx=self.n_cells)
         params = type(self.llama.context_params).from_buffer_copy(self.llama.context_params)
         params.n_ctx, params.n_batch = self.n_cells, n_batch
         params.n_seq_max, params.n_outputs_max = n_sequences, n_outputs
@@ -146,11 +149,14 @@ class Model:
         seen = self.llama.input_ids[: self.llama.n_tokens].tolist()
         return min(self.llama.longest_token_prefix(seen, tokens), len(tokens) - 1)
 
-    def generate(self, tokens: Sequence[int], sampling: Sampling) -> Iterator[int]:
+    def generate(
+        self, tokens: Sequence[int], sampling: Sampling, is_unwanted: Callable[[], bool] = lambda: False
+    ) -> Iterator[int]:
         """The tokens that follow the prompt `tokens`, without end.
 
         The caller stops it, at an end token or a full context. Ctrl-C raises KeyboardInterrupt, in the midst of
-        the prompt too, and leaves the model usable.
+        the prompt too, and leaves the model usable. While the prompt is evaluated `is_unwanted` is asked again and
+        again; where it says so, RuntimeError is raised.
         """
         self.llama.set_seed(random.randint(0, MAX_SEED) if sampling.seed is None else sampling.seed)
         stream = self.llama.generate(
@@ -161,10 +167,12 @@ class Model:
             min_p=sampling.min_p,
             repeat_penalty=sampling.repeat_penalty,
         )
-        with interruptible(self.llama.ctx):
-            first = next(stream)
-        yield first
-        yield from stream
+        with interruptible(self.llama.ctx, is_unwanted):
+            token = next(stream)
+        while True:
+            yield token
+            with call_under_way():
+                token = next(stream)
 
     def _apply_adapter(self, context: llama_cpp.llama_context_p) -> None:
         if self._adapter:

@@ -23,6 +23,7 @@ from enum import Enum
 from functools import cached_property
 from itertools import accumulate, pairwise
 
+from moegguf.checks import check_range
 from moegguf.errors import UserError
 from moegguf.gguf_header import Header
 
@@ -89,7 +90,16 @@ class Offload:
     tensor_split: tuple[float, ...] = ()
     """Shares of the layers, one for each device; without, by their memory."""
     workers: tuple[str, ...] = ()
-    """`host:port` of other machines that run `moegguf worker`."""
+    """`host:port` of other machines that run `moegguf worker`. Who loses one ends (`runtime.lost`)."""
+    patience: int = 600
+    """Seconds for which workers may say nothing while they are waited for."""
+
+    def __post_init__(self) -> None:
+        """Raises UserError for one name where several are expected, a plausible mistake."""
+        for name in ("overrides", "devices", "tensor_split", "workers"):
+            if isinstance(value := getattr(self, name), str):
+                raise UserError(f"{name} {value!r}: expected several, in a tuple", f"for example {name}=({value!r},)")
+        check_range("--rpc-timeout", self.patience, 1)
 
 
 WHAT_FITS = Offload()
@@ -145,6 +155,18 @@ class Footprint:
 
     compute: Mapping[str, int]
     kv_cache: int
+
+    def total(self) -> int:
+        return sum(self.compute.values()) + self.kv_cache
+
+    def prolonged(self, before: Footprint, steps: float) -> Footprint:
+        """The one that lies so many steps further on the straight line from `before` to this one."""
+
+        def further(now: int, then: int) -> int:
+            return round(now + steps * (now - then))
+
+        compute = {device: further(n_bytes, before.compute.get(device, 0)) for device, n_bytes in self.compute.items()}
+        return Footprint(compute, further(self.kv_cache, before.kv_cache))
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,8 @@
-"""Devices of other machines, through llama.cpp's RPC backend: finding them, being one, and surviving the loss of one.
+"""Devices of other machines, through llama.cpp's RPC backend: finding them, and being one.
 
-ggml's client ends the process when a worker cannot be reached, is of another version, or goes away, and waits without
-end for one that is busy. So a worker is asked for its version first, over a socket of our own and with a time limit
-(`ask`). Of one that is lost later nothing can be saved: ggml aborts in a thread of its own, after calling back; there
-`when_lost` lets the program end with one line instead. A machine that vanishes without a word is found out by TCP's
-keep-alive, which ggml does not ask for: `keep_watch` does.
+ggml's client ends the process when a worker cannot be reached or is of another version, and waits without end for one
+that is busy. So a worker is asked for its version first, over a socket of our own and with a time limit (`ask`). What
+becomes of a program that loses one later is `lost`'s.
 
 A worker serves one program at a time, in the clear, and lets it write to its memory: never let it listen to others than
 those you trust. The protocol is that of ggml/src/ggml-rpc/ggml-rpc.cpp.
@@ -14,16 +12,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
 import socket
-import stat
 import struct
 import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import NoReturn
+from collections.abc import Callable, Sequence
 
+from moegguf.checks import host_and_port
 from moegguf.errors import UserError
+from moegguf.interrupt import kept_interrupt
 from moegguf.runtime.devices import add_worker, devices, function, handle, is_connected, named
 from moegguf.runtime.offload import Device
 
@@ -32,17 +28,6 @@ PROTOCOL = 7, 0
 _HELLO, _CAPABILITIES = 14, 24  # RPC_CMD_HELLO; RPC_CONN_CAPS_SIZE
 _ANSWER = struct.Struct(f"<QBB2x{_CAPABILITIES}x")
 _SECONDS = 5.0
-_SETTLING = 0.3
-_DEAD_AFTER = {
-    "TCP_KEEPIDLE": 10,
-    "TCP_KEEPALIVE": 10,
-    "TCP_KEEPINTVL": 5,
-    "TCP_KEEPCNT": 4,
-    "TCP_USER_TIMEOUT": 30_000,
-}
-"""Socket options, as far as the system knows them: half a minute of silence of the machine, not of the worker."""
-
-_abort_callbacks: list[object] = []  # C keeps the pointer: they must outlive all use
 
 
 def connect(workers: Sequence[str]) -> None:
@@ -51,7 +36,9 @@ def connect(workers: Sequence[str]) -> None:
         if is_connected(worker):
             continue
         check(worker)
-        registry = _rpc_function("ggml_backend_rpc_add_server", ctypes.c_void_p, ctypes.c_char_p)(worker.encode())
+        add_server = _rpc_function("ggml_backend_rpc_add_server", ctypes.c_void_p, ctypes.c_char_p)
+        with kept_interrupt():
+            registry = add_server(worker.encode())
         if not registry:
             raise UserError(f"worker {worker}: has no devices", "start it again")
         add_worker(worker, registry)
@@ -69,7 +56,7 @@ def check(worker: str) -> None:
 
 def ask(worker: str, *, seconds: float = _SECONDS) -> tuple[int, int]:
     """(major, minor) version of the protocol that a worker speaks. Raises UserError when none answers in time."""
-    found = addresses(*_host_and_port(worker))
+    found = addresses(*host_and_port("worker", worker))
     if not found:
         raise UserError(f"worker {worker}: no machine is called so", "check the address")
     try:
@@ -93,37 +80,6 @@ def ask(worker: str, *, seconds: float = _SECONDS) -> tuple[int, int]:
             "check the port, and run the same version of llama-cpp-python on both machines",
         )
     return major, minor
-
-
-def when_lost(workers: Sequence[str], leave: Callable[[str], NoReturn]) -> None:
-    """From now on call `leave` with what happened when ggml would abort the process; it must end the program."""
-
-    @ctypes.CFUNCTYPE(None, ctypes.c_char_p)
-    def aborting(message: bytes) -> None:
-        reason = message.decode("utf-8", errors="replace")
-        if "ggml-rpc" not in reason:
-            leave(f"llama.cpp gave up: {reason}")
-        time.sleep(_SETTLING)  # a process that dies closes its sockets one by one
-        gone = [worker for worker in workers if not _accepts(worker)] or list(workers)
-        leave(f"worker {' or '.join(gone)}: lost the connection; start it again, and this command")
-
-    _abort_callbacks.append(aborting)
-    function("ggml_set_abort_callback")(ctypes.cast(aborting, ctypes.c_void_p))
-
-
-def keep_watch(workers: Sequence[str]) -> None:
-    """Let a connection to a worker whose machine has vanished fail after half a minute, instead of never.
-
-    The sockets are ggml's own, found among the open files of this process; on Windows there is no such list.
-    """
-    watched = {address for worker in workers for address in addresses(*_host_and_port(worker))}
-    for connection in _sockets() if watched else ():
-        with contextlib.suppress(OSError), connection:
-            if connection.getpeername() in watched:
-                connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-                for name, value in _DEAD_AFTER.items():
-                    if hasattr(socket, name):
-                        connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def lent(names: Sequence[str] | None) -> tuple[Device, ...]:
@@ -163,18 +119,6 @@ def addresses(host: str, port: int) -> set[tuple[str, int]]:
     return {address for *_, address in found}
 
 
-def _host_and_port(worker: str) -> tuple[str, int]:
-    host, _, port = worker.rpartition(":")
-    return host, int(port)
-
-
-def _accepts(worker: str) -> bool:
-    """Whether anything listens at `host:port`."""
-    with contextlib.suppress(OSError), socket.create_connection(_host_and_port(worker), timeout=1):
-        return True
-    return False
-
-
 def _receive(connection: socket.socket, n: int, deadline: float) -> bytes:
     """`n` bytes, or fewer when the other side ends. Raises TimeoutError at `deadline`."""
     received = b""
@@ -185,15 +129,6 @@ def _receive(connection: socket.socket, n: int, deadline: float) -> bytes:
             break
         received += more
     return received
-
-
-def _sockets() -> Iterator[socket.socket]:
-    """The sockets of this process, under numbers of their own: closing one leaves the other open."""
-    descriptors = Path("/dev/fd")
-    for number in [int(entry.name) for entry in descriptors.iterdir()] if descriptors.is_dir() else ():
-        with contextlib.suppress(OSError):
-            if stat.S_ISSOCK(os.fstat(number).st_mode):
-                yield socket.socket(fileno=os.dup(number))
 
 
 def _rpc_function(name: str, result: type | None, *arguments: type):

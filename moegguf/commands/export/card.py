@@ -6,13 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from moegguf.atomic import atomic_file
 from moegguf.commands.options import print_json
-from moegguf.edit.change import check_copy
+from moegguf.commands.output import console
 from moegguf.errors import one_line
-from moegguf.exporting.card import model_card
-from moegguf.exporting.results import results_table
-from moegguf.gguf_header import read_header, shards
 
 HELP = """\
 Write the README.md of a mix for the Hugging Face Hub: metadata, experts, licences, the recipe, what was measured, and
@@ -40,16 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    header = read_header(shards(args.file)[0])
-    card = model_card(header, [results_table(path) for path in args.results], args.repo)
-    output = args.output or args.file.parent / "README.md"
-    check_copy(header.path, output, overwrite=args.force)
-    with atomic_file(output) as file:
-        file.write(card.text.encode())
+    from moegguf.api import export
+
+    made = export.card(args.file, results=args.results, repo=args.repo, output=args.output, overwrite=args.force)
     if args.json:
-        print_json({"card": str(output), "warnings": card.warnings})
+        print_json({"file": str(made.path), "bytes": made.n_bytes, "notes": made.warnings})
         return 0
-    for warning in card.warnings:
+    for warning in made.warnings:
         print(f"warning: {one_line(warning)}", file=sys.stderr)
-    print(f"wrote {output}")
+    console(args).print(f"wrote {made.path}")
     return 0

@@ -6,19 +6,9 @@ import argparse
 from pathlib import Path
 
 from moegguf.commands.options import print_json
-from moegguf.commands.progress import bytes_done
-from moegguf.exporting.lmstudio import (
-    PUBLISHER,
-    Place,
-    defaults_of,
-    experts_used,
-    make_place,
-    put,
-    read_defaults,
-    set_experts,
-)
-from moegguf.gguf_header import read_header, shards
-from moegguf.stores import is_folder, lmstudio_folder, lmstudio_home
+from moegguf.commands.output import console
+from moegguf.commands.progress import shown
+from moegguf.exporting.lmstudio import PUBLISHER, Placed
 
 HELP = """\
 Put a GGUF into LM Studio's models folder, as a hard link, or as a copy where it is on another disk.
@@ -45,29 +35,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    path = shards(args.file)[0]
-    n_experts = experts_used(read_header(path))
-    place = make_place(args.output or lmstudio_folder(), args.publisher, args.name or path.stem)
-    settings = defaults_of(lmstudio_home(), place, path.name)
-    has_settings = n_experts is not None and is_folder(lmstudio_home())
-    defaults = read_defaults(settings) if has_settings else {}
-    done = _put_with_progress(path, place, args)
-    if has_settings:
-        set_experts(settings, defaults, n_experts)
+    from moegguf.api import export
+
+    made = export.lmstudio(
+        args.file, publisher=args.publisher, name=args.name, output=args.output, overwrite=args.force, watch=shown
+    )
     if args.json:
-        report = {"files": {str(target): how for target, how in done.items()}, "experts": n_experts}
-        print_json(report | {"settings": str(settings) if has_settings else None})
-        return 0
-    for target, how in done.items():
-        print(f"{how}: {target}")
-    if has_settings:
-        print(f"experts: {n_experts} run for a token ({settings})")
-    elif n_experts is not None:
-        print(f"experts: {n_experts} run for a token, as the file says; LM Studio has no settings here")
-    print(f"in LM Studio it is {place.publisher}/{place.name}")
+        print_json(_as_json(made))
+    out, place = console(args), made.place
+    for target, how in made.files.items():
+        out.print(f"{how}: {target}")
+    if made.settings:
+        out.print(f"experts: {made.n_experts} run for a token ({made.settings})")
+    elif made.n_experts is not None:
+        out.print(f"experts: {made.n_experts} run for a token, as the file says; LM Studio has no settings here")
+    out.print(f"in LM Studio it is {place.publisher}/{place.name}")
     return 0
 
 
-def _put_with_progress(path: Path, place: Place, args: argparse.Namespace) -> dict[Path, str]:
-    with bytes_done("copying", sum(shard.stat().st_size for shard in shards(path))) as bar:
-        return put(path, place, overwrite=args.force, progress=bar.did)
+def _as_json(made: Placed) -> dict[str, object]:
+    return {
+        "file": str(next(iter(made.files))),
+        "files": {str(target): how for target, how in made.files.items()},
+        "bytes": made.n_bytes,
+        "name": f"{made.place.publisher}/{made.place.name}",
+        "experts": made.n_experts,
+        "settings": made.settings and str(made.settings),
+        "notes": [],
+    }

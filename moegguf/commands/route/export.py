@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
-from moegguf.edit.finished import read_routed_mix
-from moegguf.edit.router import named_router, write_adapter
-from moegguf.recipe import RouterMode
+from moegguf.commands.options import print_json
+from moegguf.commands.output import console
+from moegguf.edit.router import export_router
+from moegguf.sizes import show_size
 
 HELP = """\
 Write a router as a LoRA adapter in GGUF: stock llama.cpp adds it to the router of the mix when asked to.
@@ -28,12 +30,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--router", required=True, metavar="ROUTER", help="FILE.safetensors, noisy or noisy:SEED")
     parser.add_argument("-o", "--output", required=True, type=Path, metavar="FILE", help="adapter to write (.gguf)")
 
+    parser.add_argument("--force", action="store_true", help="replace the adapter if it exists")
+    parser.add_argument("--json", action="store_true", help="print what was done as JSON")
+
 
 def run(args: argparse.Namespace) -> int:
-    mix = read_routed_mix(args.file)
-    is_noise = args.router.startswith(RouterMode.NOISY)
-    router = named_router(mix, args.router, mix.card.k if is_noise else None)
-    write_adapter(mix, router, args.output)
-    print(f"wrote {args.output} ({args.output.stat().st_size / 1e6:.2f} MB), a {router.mode} router for {args.file}")
-    print(f"try: moegguf chat {args.file} --adapter {args.output}")
+    made = export_router(args.file, args.router, args.output, overwrite=args.force)
+    if made.is_undone:
+        print(f"{args.file}: an interrupted change of it was undone", file=sys.stderr)
+    if args.json:
+        print_json(made.as_json())
+    out = console(args)
+    out.print(f"wrote {made.path} ({show_size(made.n_bytes)}), a {made.router.mode} router for {args.file}")
+    out.print(f"try: moegguf chat {args.file} --adapter {made.path}")
     return 0

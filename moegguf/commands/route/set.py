@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import time
+import sys
 from pathlib import Path
 
-from moegguf.atomic import atomic_file
-from moegguf.edit.finished import read_routed_mix
-from moegguf.edit.router import named_router, router_of, set_router
-from moegguf.journal import recover
+from moegguf.commands.options import print_json
+from moegguf.commands.output import console
+from moegguf.edit.router import change_router, kept_router
+from moegguf.errors import one_line
 from moegguf.recipe import RouterSpec
-from moegguf.routers.file import router_bytes
 
 HELP = """\
 Replace the router inside a finished mix: in place, in a moment, nothing is quantised again.
@@ -35,18 +34,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--undo", action="store_true", help="set the router that the last change replaced")
     parser.add_argument("--k", type=int, help="experts that run for each token (default: the router's; noisy: 2)")
     parser.add_argument("--std", type=float, help=f"noisy: standard deviation (default: {RouterSpec.std})")
+    parser.add_argument("--json", action="store_true", help="print what was done as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    start = time.monotonic()
-    recover(args.file)
-    mix = read_routed_mix(args.file)
-    kept = args.file.with_name(f"{args.file.name}.old-router.safetensors")
-    router = named_router(mix, str(kept) if args.undo else args.router, args.k, args.std)
-    old = router_of(mix)
-    with atomic_file(kept) as file:
-        file.write(router_bytes(old))
-        set_router(mix, router)  # where it cannot be set, what was kept before stays
-    print(f"{args.file}: {read_routed_mix(args.file).card.describe_router()} ({time.monotonic() - start:.2f} s)")
-    print(f"the old router ({old.mode}) is in {kept}; to set it again: moegguf route set {args.file} --undo")
+    router = str(kept_router(args.file)) if args.undo else args.router
+    done = change_router(args.file, router, k=args.k, std=args.std)
+    if done.is_undone:
+        print(f"{args.file}: an interrupted change of it was undone", file=sys.stderr)
+    if args.json:
+        print_json(done.as_json())
+    out = console(args)
+    out.print(f"{args.file}: {one_line(done.card.describe_router())} ({done.seconds:.2f} s)")
+    out.print(
+        f"the old router ({done.old.mode}) is in {done.kept}; to set it again: moegguf route set {args.file} --undo"
+    )
     return 0

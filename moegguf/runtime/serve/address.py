@@ -9,9 +9,12 @@ import ssl
 from dataclasses import dataclass
 from pathlib import Path
 
+from moegguf.checks import check_range
 from moegguf.errors import UserError
 
 BACKLOG = 512
+KEY_VARIABLE = "MOEGGUF_API_KEY"
+"""Of the environment: the key of who starts a server by a command."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,16 @@ class Address:
     host: str = "127.0.0.1"
     port: int = 8080
     tls: tuple[Path, Path] | None = None
+
+    @classmethod
+    def of(cls, host: str, port: int, tls_cert: Path | None, tls_key: Path | None) -> Address:
+        """Raises UserError for what can be none."""
+        if not isinstance(host, str):
+            raise UserError(f"--host {host!r}: expected a name or an address", "127.0.0.1 is this machine alone")
+        check_range("--port", port, 0, 65535)
+        if (tls_cert is None) != (tls_key is None):
+            raise UserError("--tls-cert and --tls-key belong together", "pass both, or none")
+        return cls(host, port, (tls_cert, tls_key) if tls_cert else None)
 
 
 def listen(address: Address) -> socket.socket:

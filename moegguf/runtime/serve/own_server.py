@@ -2,10 +2,11 @@
 
 That one has neither RPC nor a choice of devices or of the number of experts. This one has no slots: one answer at a
 time, others wait for their turn. It offers what OpenAI's clients need to talk, /v1/chat/completions, /v1/completions
-and /v1/models; whatever else would change an answer is refused by name. A client that leaves ends its answer at the
-next token, or loses its turn. It is meant for `front` alone, which knows its key and bounds what comes in.
+and /v1/models; whatever else would change an answer is refused by name. A client that leaves loses its turn, or ends
+its answer: at the next token, or within the prompt, at once or at the end of a batch where a device computes it. It is
+meant for `front` alone, which knows its key and bounds what comes in.
 
-When a worker is lost, ggml would abort: the process then ends with one line on stderr.
+When a worker is lost, or says nothing for too long, the process ends with one line on stderr.
 """
 
 from __future__ import annotations
@@ -15,22 +16,22 @@ import hmac
 import json
 import secrets
 import select
-import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from http.server import ThreadingHTTPServer
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 from gguf import GGMLQuantizationType
 
 from moegguf.errors import UserError, one_line
+from moegguf.leaving import leave
 from moegguf.runtime.answer import Answer, without_leading_blanks
 from moegguf.runtime.json_http import JsonHandler
+from moegguf.runtime.lost import when_lost
 from moegguf.runtime.model import Model, open_model
 from moegguf.runtime.offload import FlashAttention, Offload, Override
 from moegguf.runtime.run_options import RunOptions
@@ -38,7 +39,6 @@ from moegguf.runtime.sampling import Sampling, suggested_by_file
 from moegguf.runtime.serve import child
 from moegguf.runtime.serve.wire import Refused
 from moegguf.runtime.template import Message, end_of_turn, template_of
-from moegguf.runtime.workers import when_lost
 from moegguf.texts import is_unicode
 
 _SETTINGS = {
@@ -53,6 +53,11 @@ _MISSING = {
 }  # fmt: skip
 """What requests may ask for and is not here → the value that asks for nothing."""
 _HERE = "there are /v1/chat/completions, /v1/completions, /v1/models and /health"
+_EMBEDDINGS = dict.fromkeys(
+    ("/v1/embeddings", "/embeddings", "/embedding"),
+    "they need a context of their own beside that of answers; llama.cpp's server has them, which serves where none of "
+    "--rpc, --device and --experts-used is given",
+)
 _WELCOME = b"moegguf serve: OpenAI's API is at /v1. The web page is llama.cpp's, and this is moegguf's own server.\n"
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
@@ -89,29 +94,22 @@ def _options(fields: dict[str, Any]) -> RunOptions:
     """From what JSON made of it: lists for tuples, values for enums, dicts for data classes."""
     asked = {name: tuple(each) if isinstance(each, list) else each for name, each in fields["offload"].items()}
     asked["overrides"] = tuple(Override(**each) for each in asked["overrides"])
-    return replace(
-        RunOptions(**fields),
-        offload=Offload(**asked),
-        kv_type=GGMLQuantizationType(fields["kv_type"]),
-        flash_attention=FlashAttention(fields["flash_attention"]),
-    )
+    return RunOptions(**fields | {
+        "offload": Offload(**asked),
+        "kv_type": GGMLQuantizationType(fields["kv_type"]),
+        "flash_attention": FlashAttention(fields["flash_attention"]),
+    })  # fmt: skip
 
 
 def start(line: str) -> tuple[int, object]:
     """Serve as `line` says; returns the port and the server. Raises UserError when the model cannot be loaded."""
     settings = Settings.from_line(line)
-    when_lost(settings.options.offload.workers, _leave)
+    offload = settings.options.offload
+    when_lost(offload.workers, offload.patience, lambda message, code: leave(one_line(message), code))
     voice = _Voice(open_model(settings.model, settings.options))
     server = _Server(("127.0.0.1", 0), functools.partial(_Handler, settings, voice))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return server.server_address[1], server
-
-
-def _leave(message: str) -> NoReturn:
-    """End the process from within C code that would abort it."""
-    sys.stderr.write(one_line(message) + "\n")
-    sys.stderr.flush()
-    signal.raise_signal(signal.SIGTERM)
 
 
 @dataclass(frozen=True)
@@ -177,14 +175,21 @@ class _Voice:
                 raise Refused(501, "several prompts in a request are not supported by moegguf's own server")
         raise UserError("`prompt`: expected a text, or a list of tokens")
 
-    def answer(self, asked: _Asked, goes_on: Callable[[], None]) -> Answer:
-        """`goes_on` is called after each token, and may raise."""
+    def answer(self, asked: _Asked, is_gone: Callable[[], bool]) -> Answer:
+        """`is_gone` is asked within the prompt and after each token; where it says so, ConnectionAbortedError is
+        raised."""
 
         def tokens() -> Iterator[int]:
-            with closing(self._model.generate(asked.prompt, asked.sampling)) as generated:
-                for token in generated:
-                    goes_on()
-                    yield token
+            with closing(self._model.generate(asked.prompt, asked.sampling, is_gone)) as generated:
+                try:
+                    for token in generated:
+                        if is_gone():
+                            break
+                        yield token
+                except RuntimeError:
+                    if not is_gone():
+                        raise
+            raise ConnectionAbortedError
 
         room = self._model.n_ctx - len(asked.prompt)
         limit = min(asked.sampling.max_tokens or room, room)
@@ -358,7 +363,7 @@ class _Handler(JsonHandler):
     def _answer(self) -> None:
         path = self.path.partition("?")[0]
         if path not in _ENDPOINTS:
-            raise Refused(501, f"{path} is not supported by moegguf's own server: {_HERE}")
+            raise Refused(501, f"{path} is not supported by moegguf's own server: {_EMBEDDINGS.get(path, _HERE)}")
         try:
             content = self.read_json()
         except ValueError as error:
@@ -366,8 +371,9 @@ class _Handler(JsonHandler):
         endpoint = _ENDPOINTS[path]
         asked = self._voice.asked(endpoint, content)
         with self._voice.turn:
-            self._check_presence()
-            reply = _Reply(asked, self._voice.answer(asked, self._check_presence), endpoint.shown)
+            if self._is_gone():
+                raise ConnectionAbortedError
+            reply = _Reply(asked, self._voice.answer(asked, self._is_gone), endpoint.shown)
             if asked.is_streamed:
                 self._stream(endpoint, reply, asked.has_usage)
             else:
@@ -403,11 +409,13 @@ class _Handler(JsonHandler):
     def _send_chunk(self, data: bytes) -> None:
         self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
 
-    def _check_presence(self) -> None:
-        """Raises OSError when the client is gone: it has said all that it had to say, so what comes is its end."""
-        readable, _, _ = select.select([self.connection], [], [], 0)
-        if readable and not self.connection.recv(1, socket.MSG_PEEK):
-            raise ConnectionAbortedError
+    def _is_gone(self) -> bool:
+        """Whether the client has left: it has said all that it had to say, so what comes is its end."""
+        try:
+            readable, _, _ = select.select([self.connection], [], [], 0)
+            return bool(readable) and not self.connection.recv(1, socket.MSG_PEEK)
+        except OSError:
+            return True
 
 
 if __name__ == "__main__":

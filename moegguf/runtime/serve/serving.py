@@ -9,34 +9,42 @@ model's server that ends by itself is started again: the requests that it was an
 from __future__ import annotations
 
 import asyncio
-import importlib.util
+import contextlib
+import re
 import signal
 import socket
 import ssl
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 from moegguf.errors import UserError
-from moegguf.runtime.serve.address import BACKLOG, Address, listen, tls_context, url
+from moegguf.runtime.serve.address import BACKLOG, KEY_VARIABLE, Address, is_loopback, listen, tls_context, url
 from moegguf.runtime.serve.front import Door, Front
 from moegguf.runtime.serve.models import Served
 from moegguf.runtime.serve.process import Process
 
-EXTRA = ("xllamacpp", "h11")
-"""What the extra `serve` brings."""
 GRACE_SECONDS = 30
 HANDSHAKE_SECONDS = 10
 
-
-def check_installed() -> None:
-    """Raises UserError when the extra `serve` is not there."""
-    for package in EXTRA:
-        if importlib.util.find_spec(package) is None:
-            raise UserError(f"serve needs the package {package}, which is not here", "pip install 'moegguf[serve]'")
+Note = Callable[[str], None]
+"""Is told, in a line, what happens while models are served."""
 
 
-def serve(
-    models: Sequence[Served], address: Address, door: Door, *, ready: Callable[[str], None], note: Callable[[str], None]
-) -> None:
+def open_door(address: Address, key: str | None, *, to_all: bool = False) -> Door:
+    """Who may come in at `address`: who knows `key`. Raises UserError for none where other machines can, unless the
+    door is to be open `to_all`."""
+    if key is not None and not (isinstance(key, str) and re.fullmatch(r"[!-~]+", key)):
+        raise UserError("an API key is one line of letters, digits and signs, without blanks", "write another")
+    is_local = is_loopback(address)
+    if not is_local and key is None and not to_all:
+        raise UserError(
+            f"--host {address.host}: other machines could use the server without a key",
+            f"set ${KEY_VARIABLE} or --api-key-file, or say --i-know-it-is-unauthenticated",
+        )
+    return Door(key, names=frozenset({address.host.lower()}) if is_local else None)
+
+
+def serve(models: Sequence[Served], address: Address, door: Door, *, ready: Callable[[str], None], note: Note) -> None:
     """Serve until Ctrl-C or SIGTERM. `ready` is told the URL once all models are loaded, `note` what happens later.
 
     Raises UserError when the address cannot be had or a model does not load, KeyboardInterrupt when it is stopped
@@ -44,21 +52,52 @@ def serve(
     """
     tls = tls_context(address)
     with listen(address) as listener:
-        processes = [Process(served.settings) for served in models]
-        if not asyncio.run(_serve(processes, listener, door, tls, lambda: ready(url(address, listener)), note)):
+
+        async def work() -> bool:
+            return await _serve(models, listener, door, tls, _stops(), lambda: ready(url(address, listener)), note)
+
+        if not asyncio.run(work()):
             raise KeyboardInterrupt
 
 
+@contextlib.contextmanager
+def serving(models: Sequence[Served], address: Address, door: Door, *, note: Note) -> Iterator[str]:
+    """Serve in a thread for as long as the block runs; gives the URL once all models are loaded. Answers that are under
+    way at the block's end are finished. Raises UserError, at the block's end for a model that could not go on."""
+    tls = tls_context(address)
+    begun: Future[Callable[[], None]] = Future()
+    is_ready: Future[None] = Future()
+
+    async def work() -> None:
+        stops, loop = asyncio.Queue(), asyncio.get_running_loop()
+        begun.set_result(lambda: loop.call_soon_threadsafe(stops.put_nowait, None))
+        await _serve(models, listener, door, tls, stops, lambda: is_ready.set_result(None), note)
+
+    with listen(address) as listener, ThreadPoolExecutor(1) as pool:
+        working = pool.submit(asyncio.run, work())
+        stop = begun.result()
+        try:
+            wait((working, is_ready), return_when=FIRST_COMPLETED)
+            if is_ready.done():
+                yield url(address, listener)
+        finally:
+            with contextlib.suppress(RuntimeError):  # it has ended by itself
+                stop()
+        working.result()
+
+
 async def _serve(
-    processes: Sequence[Process],
+    models: Sequence[Served],
     listener: socket.socket,
     door: Door,
     tls: ssl.SSLContext | None,
+    stops: asyncio.Queue[None],
     ready: Callable[[], None],
-    note: Callable[[str], None],
+    note: Note,
 ) -> bool:
-    """Whether all models were loaded before it was stopped."""
-    stops, front = _stops(), Front(processes, door)
+    """Serve until the first of `stops`. Whether all models were loaded before it."""
+    processes = [Process(served.settings) for served in models]
+    front = Front(processes, door)
     limits = {"ssl": tls, "ssl_handshake_timeout": HANDSHAKE_SECONDS} if tls else {}
     server = await asyncio.start_server(front.connected, sock=listener, backlog=BACKLOG, **limits)
     try:

@@ -9,7 +9,7 @@ alone and writes its logits to a file, against which any number of models are th
 what rounding in that file costs is said in `moegguf.measurement.divergence`. The key-value cache is F32, so that what
 is measured is the weights.
 
-This is where the runtime and the numbers meet besides the commands; it prints nothing.
+Prints nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 from importlib.metadata import version
@@ -75,7 +75,7 @@ def chunk_length(reference: Header, asked: int | None = None) -> int:
     n_ctx = reference.get(f"{reference.get('general.architecture')}.context_length", CHUNK)
     if asked is None:
         return min(CHUNK, n_ctx)
-    if not 2 <= asked <= n_ctx:
+    if not (isinstance(asked, int) and 2 <= asked <= n_ctx):
         raise UserError(
             f"--chunk {asked}: expected 2 to {n_ctx}, the context of {reference.path}", "leave it out for the default"
         )
@@ -218,10 +218,13 @@ class KeptReference:
     @property
     def is_there(self) -> bool:
         """Whether the file is there, whole. Raises UserError when another one is in its place."""
-        if not self.path.exists():
+        try:
+            with open(self.path, "rb") as file:
+                head = file.read(len(self._head))
+        except FileNotFoundError:
             return False
-        with open(self.path, "rb") as file:
-            head = file.read(len(self._head))
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read ({error.strerror})", "name another file") from error
         if not self._head.startswith(head):
             what = "the logits of another reference or of other text" if head.startswith(_MAGIC) else "something else"
             raise UserError(f"{self.path}: exists already, and holds {what}", "delete it, or name another file")
@@ -233,7 +236,7 @@ class KeptReference:
         Raises UserError when the disk has no room, the reference does not run, or its logits are not finite;
         KeyboardInterrupt at Ctrl-C.
         """
-        _make_room(self.path.parent, self.nbytes)
+        _make_room(self.path, self.nbytes)
         options = _options(self.sequences, threads, self.offload)
         with open_model(self.reference.path, options) as model, atomic_file(self.path) as file:
             file.write(self._head)
@@ -291,20 +294,21 @@ def _head(reference: Header, sequences: Sequence[Tokens], offload: Offload) -> b
     of = {
         "reference": file_identity(reference),
         "tokens": [list(map(int, tokens)) for tokens in sequences],
-        "offload": asdict(offload),
+        "offload": asdict(replace(offload, patience=WHAT_FITS.patience)),  # how long one waits changes no figure
         "versions": [__version__, version("llama-cpp-python")],
     }
     return _MAGIC + sha256(json.dumps(of, sort_keys=True).encode()).digest()
 
 
-def _make_room(folder: Path, nbytes: int) -> None:
+def _make_room(path: Path, nbytes: int) -> None:
+    """Make the folder of `path`. Raises UserError where it cannot be, or is on a disk without so much room."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder).free
+        path.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(path.parent).free
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror})", "choose another folder") from error
+        raise UserError(f"{path}: cannot be written ({error.strerror})", "choose another folder") from error
     if nbytes > free:
         raise UserError(
-            f"{folder}: the reference's logits take {nbytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
+            f"{path}: the reference's logits take {nbytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
             "give fewer --max-tokens, another folder, or --no-cache when memory holds both models",
         )

@@ -21,10 +21,10 @@ from gguf import GGMLQuantizationType as Type
 
 from moegguf.allocation import Survey
 from moegguf.assembly import build, with_types
-from moegguf.divergences import chunk_length, compare, sequences_of
 from moegguf.errors import UserError
 from moegguf.families import TensorName
 from moegguf.gguf_header import read_header
+from moegguf.jobs.divergences import chunk_length, compare, sequences_of
 from moegguf.quant.influence import group
 from moegguf.texts import read_domains
 

@@ -9,12 +9,15 @@ what it needs is not imported: most builds do without llama.cpp.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from moegguf.allocation import Allocation, allocate, n_surveyed, survey
 from moegguf.assembly import Plan, plan_build, usable_cores
+from moegguf.atomic import check_writable
 from moegguf.errors import UserError
 from moegguf.estimate import Fit, largest_file, memory_to_run
 from moegguf.quant.neurons import Compaction
+from moegguf.quant.type_plan import write_type_plan
 from moegguf.recipe import Budget, Recipe
 from moegguf.routers import Router
 from moegguf.sizes import show_size
@@ -38,6 +41,8 @@ class BuildOptions:
     """The memory that it is to run in, where that limits the file."""
     probe: bool | None = None
     """Correct a budget by measurements; None where that takes about a minute at most."""
+    save_plan: Path | None = None
+    """A file for the types that are chosen for a budget."""
     is_dry: bool = False
     """Nothing is to be written: no weights are downloaded, no router is fitted and nothing merged."""
 
@@ -66,6 +71,8 @@ def prepare(recipe: Recipe, options: BuildOptions = DEFAULT_BUILD, watch: Watch 
         stream = options.stream or options.is_dry
         return plan_build(recipe, stream=stream, pre=options.pre, overwrite=options.overwrite, **chosen)
 
+    if options.save_plan:
+        _check_to_save(options.save_plan, recipe, options.overwrite)
     plan = planned()
     if recipe.router.is_unfitted and not options.is_dry:
         plan = planned(router=_fitted(recipe, options, watch, notes))
@@ -79,23 +86,25 @@ def prepare(recipe: Recipe, options: BuildOptions = DEFAULT_BUILD, watch: Watch 
         notes.append(note)
     allocation, about_split = _allocated(plan, limit, options, watch)
     notes += about_split
+    if options.save_plan:
+        _save_types(options.save_plan, allocation)
+        notes.append(f"saved the types to {options.save_plan}; use them again with --plan")
     return Prepared(allocation.plan, allocation, tuple(notes))
 
 
 def _fitted(recipe: Recipe, options: BuildOptions, watch: Watch, notes: list[str]) -> Router:
     """The router of a recipe that says how to fit it, fitted on the base alone before there is a mix."""
-    from moegguf.fitting import FitOptions, fit_from_recipe
+    from moegguf.jobs.fitting import FitOptions, fit_from_recipe
 
     how = FitOptions(threads=options.threads, pre=options.pre, stream=options.stream)
-    with watch("fitting the router", "tokens") as step:
-        fitted = fit_from_recipe(recipe, how, on_plan=lambda fit: step.has(fit.n_tokens), progress=step.did)
-    notes += [f"warning: {warning}" for warning in fitted.warnings]
+    fitted = fit_from_recipe(recipe, how, watch=watch)
+    notes += fitted.warnings
     return fitted.router
 
 
 def _merged(recipe: Recipe, options: BuildOptions, watch: Watch, notes: list[str]) -> Compaction:
     """What a compact mix merges, chosen on its texts."""
-    from moegguf.compaction import CompactOptions, choose_merges
+    from moegguf.jobs.compaction import CompactOptions, choose_merges
 
     how = CompactOptions(threads=options.threads, pre=options.pre, stream=options.stream)
     with watch("compacting", "") as step:
@@ -111,7 +120,7 @@ def _merged(recipe: Recipe, options: BuildOptions, watch: Watch, notes: list[str
 
 def _allocated(plan: Plan, limit: Budget, options: BuildOptions, watch: Watch) -> tuple[Allocation, list[str]]:
     """`plan` with the types that `limit` allows, and what is to be said of a split."""
-    from moegguf import probing
+    from moegguf.jobs import probing
 
     with watch("measuring errors", "tensors") as step:
         step.has(n_surveyed(plan))
@@ -130,6 +139,17 @@ def _allocated(plan: Plan, limit: Budget, options: BuildOptions, watch: Watch) -
     if not (card := best.plan.card.split):
         return best, ["neurons are not split: no split is predicted to lose less"]
     return best, [f"split by {card.by}: predicted loss {best.loss:.2g} nats, {allocation.loss:.2g} without"]
+
+
+def _check_to_save(path: Path, recipe: Recipe, overwrite: bool) -> None:
+    if not recipe.quant.budget:
+        raise UserError("--save-plan goes with --budget, --bpw or --fit", "leave it out")
+    check_writable(path, overwrite)
+
+
+def _save_types(path: Path, allocation: Allocation) -> None:
+    plan = allocation.plan
+    write_type_plan(path, plan.recipe.name, plan.recipe.quant.label, allocation.loss, plan.planned, plan.mix.split)
 
 
 def _limit_of_memory(plan: Plan, fit: Fit) -> tuple[Budget, str]:

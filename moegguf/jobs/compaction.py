@@ -20,10 +20,11 @@ from pathlib import Path
 import numpy as np
 
 from moegguf.assembly import Plan, build, plan_build
-from moegguf.divergences import KeptReference, keep_reference
 from moegguf.errors import UserError
-from moegguf.fitting import FitOptions, dense_model
 from moegguf.gguf_header import read_header
+from moegguf.jobs.divergences import KeptReference, keep_reference
+from moegguf.jobs.fitting import FitOptions, dense_model
+from moegguf.jobs.saliency import halves
 from moegguf.measurement.divergence import Divergence
 from moegguf.mix import FFN_ROLES, Mix
 from moegguf.quant.neurons import Compaction, Ffns, Merges, find_paths, grid, separate, together, width
@@ -31,7 +32,6 @@ from moegguf.recipe import CompactSpec, QuantSpec, Recipe
 from moegguf.runtime import tap as taps
 from moegguf.runtime.machine import memory
 from moegguf.runtime.model import RunOptions, open_model
-from moegguf.saliency import halves
 from moegguf.texts import Record, read_domains
 
 LAYER_OUTPUT = "l_out"

@@ -2,8 +2,8 @@
 
 `read_texts` needs no model; `plan_fit` tokenises and splits; `run_fit` runs the texts through the model once, keeps
 what `moegguf.routers.statistics` says, fits, and counts on held-out text how often each layer's router ranks the right
-expert first. `fit_from_recipe` does all that on the base alone: the experts will hang on its trunk, so what enters its
-FFNs is close to what will enter the routers of the mix.
+expert first. `fit_from_recipe` does all that; while there is no mix, on the base alone: the experts will hang on its
+trunk, so what enters its FFNs is close to what will enter the routers of the mix.
 
 Every token counts, of questions and of answers: in use a question is routed before there is an answer.
 This is where the build side and the runtime meet besides the commands; it prints nothing.
@@ -13,15 +13,16 @@ from __future__ import annotations
 
 import hashlib
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from moegguf.assembly import build, plan_build
+from moegguf.atomic import scratch_folder
+from moegguf.checks import check_range, check_threads
 from moegguf.errors import UserError
 from moegguf.gguf_header import Header, is_gguf, read_header
 from moegguf.metadata import read_card
@@ -47,11 +48,13 @@ from moegguf.runtime.model import Model, RunOptions, open_model
 from moegguf.runtime.template import template_of
 from moegguf.runtime.vocab import open_vocab
 from moegguf.texts import Record, Text, read_domains, resolve
+from moegguf.watch import Watch, unwatched
 
 MAX_PIECE = 512
 """Tokens of a piece of text that is run, and held out or not, as one."""
 MAX_CHARACTERS = 2000
 """Of such a piece, where it is cut out of a longer text."""
+MAX_TOKENS = 10**7
 FEW_TOKENS = 100
 PRESET = "Q8_0"
 """Of the base that is written for the time of a fit."""
@@ -86,6 +89,12 @@ class FitOptions:
     pre: str | None = None
     stream: bool = False
     """As in a build, where the base is written first."""
+
+    def __post_init__(self) -> None:
+        check_range("--max-tokens", self.max_tokens, 1, MAX_TOKENS)
+        check_threads(self.threads)
+        if not (isinstance(self.holdout, int | float) and 0 <= self.holdout <= 0.9):
+            raise UserError(f"--holdout {self.holdout}: expected a share from 0 to 0.9", "the usual one is 0.2")
 
 
 @dataclass(frozen=True)
@@ -166,23 +175,41 @@ class Fitted:
     separation: Separation | None
     warnings: tuple[str, ...]
 
+    def as_json(self) -> dict[str, object]:
+        """All but the matrices, as the command reports it."""
+        router = self.router
+        return {
+            "mode": router.mode,
+            "experts": list(router.experts),
+            "k": router.k,
+            "always_on": router.always_on,
+            "shared": router.shared,
+            "settings": dict(router.settings),
+            "tokens": dict(self.n_tokens),
+            "separation": self.separation and self.separation.as_json(),
+            "notes": list(self.warnings),
+        }
+
 
 def fit_from_recipe(
     recipe: Recipe,
     options: FitOptions = FitOptions(),
     *,
+    model: Path | None = None,
     on_plan: Callable[[FitPlan], None] = lambda plan: None,
-    progress: Progress = _silent,
+    watch: Watch = unwatched,
 ) -> Fitted:
-    """Fit the ridge or hidden router of `recipe` on its base, before there is a mix. Raises UserError.
+    """Fit the ridge or hidden router of `recipe`, on the GGUF `model` of the mix or of its base, or else on the base.
 
-    `on_plan` hears what is about to be run.
+    `on_plan` hears what is about to be run. Raises UserError.
     """
     texts = read_texts(recipe, options)
-    with dense_model(recipe, options) as model:
-        plan = plan_fit(texts, model)
+    with nullcontext(model) if model else dense_model(recipe, options, watch) as path:
+        plan = plan_fit(texts, path)
         on_plan(plan)
-        return run_fit(plan, progress)
+        with watch("fitting the router", "tokens") as step:
+            step.has(plan.n_tokens)
+            return run_fit(plan, step.did)
 
 
 # ------------------------------------------------------------------------------------------------ texts
@@ -517,7 +544,7 @@ def _router(plan: FitPlan, matrices: Mapping[int, np.ndarray], separation: Separ
 
 
 @contextmanager
-def dense_model(recipe: Recipe, options: FitOptions = FitOptions()) -> Iterator[Path]:
+def dense_model(recipe: Recipe, options: FitOptions = FitOptions(), watch: Watch = unwatched) -> Iterator[Path]:
     """A GGUF to collect activations on while there is no mix: the base of `recipe`.
 
     The base itself where it is a GGUF file; otherwise it is written as Q8_0, and removed again. Where the trunk is not
@@ -529,17 +556,23 @@ def dense_model(recipe: Recipe, options: FitOptions = FitOptions()) -> Iterator[
         yield path
         return
     experts = (ExpertSpec("base", recipe.base, 1.0, PRESET),) if is_base else recipe.experts
-    with dense_mix(recipe, experts, options) as path:
+    with dense_mix(recipe, experts, options, watch) as path:
         yield path
 
 
 @contextmanager
-def dense_mix(recipe: Recipe, experts: Sequence[ExpertSpec], options: FitOptions = FitOptions()) -> Iterator[Path]:
+def dense_mix(
+    recipe: Recipe, experts: Sequence[ExpertSpec], options: FitOptions = FitOptions(), watch: Watch = unwatched
+) -> Iterator[Path]:
     """The mean of `experts`, all alike, on the trunk of `recipe`: a dense GGUF in Q8_0 that is removed again."""
     alike = tuple(ExpertSpec(expert.name, expert.source, 1 / len(experts), PRESET) for expert in experts)
-    with tempfile.TemporaryDirectory(prefix=".moegguf-fit.", dir=options.folder or recipe.output.parent) as folder:
+    with scratch_folder(options.folder or recipe.output.parent, ".moegguf-fit") as folder:
         dense = Recipe(
             recipe.name, recipe.base, alike, RouterSpec(RouterMode.GATELESS, len(alike)), Layout.FUSED,
-            QuantSpec(PRESET), Path(folder) / "dense.gguf", recipe.folder, trunk=recipe.trunk,
+            QuantSpec(PRESET), folder / "dense.gguf", recipe.folder, trunk=recipe.trunk,
         )  # fmt: skip
-        yield build(plan_build(dense, pre=options.pre, stream=options.stream), threads=options.threads).plan.path
+        plan = plan_build(dense, pre=options.pre, stream=options.stream)
+        with watch("writing a model to run", "bytes") as step:
+            step.has(plan.n_bytes_to_do)
+            build(plan, threads=options.threads, progress=step.did)
+        yield plan.path

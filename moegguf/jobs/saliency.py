@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moegguf.divergences import chunk_length, keep_reference, sequences_of
 from moegguf.edit.finished import FinishedMix
 from moegguf.errors import UserError
 from moegguf.gguf_header import Header
+from moegguf.jobs.divergences import chunk_length, keep_reference, sequences_of
 from moegguf.measurement.divergence import Divergence
 from moegguf.runtime.contributions import Contributions
 from moegguf.runtime.model import RunOptions, open_model

@@ -21,10 +21,11 @@ from pathlib import Path
 import numpy as np
 from gguf import GGMLQuantizationType
 
+from moegguf.checks import check_range, check_threads
 from moegguf.errors import UserError
 from moegguf.families import TensorName
-from moegguf.fitting import FitOptions, dense_mix
 from moegguf.gguf_header import Header, is_gguf, read_header
+from moegguf.jobs.fitting import FitOptions, dense_mix
 from moegguf.layouts.shared import split
 from moegguf.metadata import PREFIX, Card, read_card
 from moegguf.mix import FFN_ROLES
@@ -39,8 +40,10 @@ from moegguf.runtime.vocab import open_vocab
 from moegguf.sources.blob import LocalFile
 from moegguf.squares import Squares, added
 from moegguf.texts import Record, Text
+from moegguf.watch import Watch, unwatched
 
 CHUNK = 512
+MIN_CHUNK = 16
 MAX_TOKENS = 100 * CHUNK
 """Of a text, unless told otherwise: what imatrices are usually made from."""
 _BATCH = 512
@@ -67,6 +70,11 @@ class CalibrationOptions:
     """Whether `output.weight` is calibrated as well. llama.cpp advises against it."""
     threads: int | None = None
     offload: Offload = WHAT_FITS
+
+    def __post_init__(self) -> None:
+        check_range("--max-tokens", self.max_tokens, 1)
+        check_range("--chunk", self.chunk, MIN_CHUNK)
+        check_threads(self.threads)
 
 
 @dataclass(frozen=True)
@@ -116,7 +124,6 @@ def plan_calibration(
     is shorter than one chunk or not the one that is in the file, and when the file is of something else.
     """
     header = read_header(model)
-    check_target(output)
     arch = header.get("general.architecture")
     if not header.tensors or not header.get(f"{arch}.block_count"):
         raise UserError(f"{model}: is a GGUF without weights of a language model", "pass a mix, or another model")
@@ -125,7 +132,7 @@ def plan_calibration(
         raise UserError(
             f"--max-tokens {options.max_tokens}: is less than one chunk of {chunk}", "take more, or a smaller --chunk"
         )
-    known = _known(output, options, Calibration({}, chunk, _digest_of(header)))
+    known = extended(output, options, Calibration({}, chunk, _digest_of(header)))
     encoder = _Encoder(header, chunk, options.max_tokens)
     material, faults = [], []
     for name, records in texts.items():
@@ -147,21 +154,25 @@ def check_target(path: Path) -> None:
         raise UserError(f"{path}: expected a name that ends in .gguf", "choose another -o")
     if not path.parent.is_dir():
         raise UserError(f"{path.parent}: no such folder to write {path.name} to", "create it, or choose another -o")
+    if path.exists() and not (path.is_file() and is_gguf(path)):
+        raise UserError(f"{path}: exists already, and is no imatrix in GGUF format", "choose another -o")
 
 
 def _chunk(header: Header, asked: int | None) -> int:
     n_ctx = header.get(f"{header.get('general.architecture')}.context_length", CHUNK)
-    if asked is not None and not 16 <= asked <= n_ctx:
-        raise UserError(f"--chunk {asked}: expected 16 to {n_ctx}, the context of {header.path}", "leave it out")
+    if asked is not None and asked > n_ctx:
+        raise UserError(f"--chunk {asked}: expected at most {n_ctx}, the context of {header.path}", "leave it out")
     return asked or min(CHUNK, n_ctx)
 
 
-def _known(output: Path, options: CalibrationOptions, empty: Calibration) -> Calibration:
-    """What `output` holds, to be extended. Raises UserError when it is of another model, or cannot be replaced."""
+def extended(output: Path, options: CalibrationOptions, empty: Calibration) -> Calibration:
+    """What `output` holds, to be extended; `empty` where there is nothing, or where it is to begin anew.
+
+    Raises UserError when it is not of the model and the chunks of `empty`, and when it is no imatrix at all.
+    """
+    check_target(output)
     if not output.exists():
         return empty
-    if not output.is_file() or not is_gguf(output):
-        raise UserError(f"{output}: exists already, and is no imatrix in GGUF format", "choose another -o")
     found = read_calibration(output)
     if options.fresh:
         return empty
@@ -309,12 +320,14 @@ def _run_text(material: Material, inputs: InputSquares, calibration: Calibration
 # ---------------------------------------------------------------------------------------------- experts
 
 
-def dense_expert(recipe: Recipe, expert: ExpertSpec, options: FitOptions) -> AbstractContextManager[Path]:
+def dense_expert(
+    recipe: Recipe, expert: ExpertSpec, options: FitOptions, watch: Watch = unwatched
+) -> AbstractContextManager[Path]:
     """A GGUF of one expert of `recipe` on the mix's trunk (its own where that is the mean of all), removed again."""
     if recipe.trunk not in (TRUNK_OF_BASE, TRUNK_OF_MEAN):
         source = next(other.source for other in recipe.experts if other.name == recipe.trunk)
         recipe = replace(recipe, base=source, trunk=TRUNK_OF_BASE)
-    return dense_mix(recipe, [expert], options)
+    return dense_mix(recipe, [expert], options, watch)
 
 
 def unreached(calibration: Calibration, header: Header) -> dict[str, list[int]]:
