@@ -25,7 +25,7 @@ from moegguf.journal import Patch, apply, journal_of, locked
 from moegguf.metadata import SPARE
 from moegguf.recipe import RouterMode, parse_recipe
 from moegguf.routers import FFN, Router, make_router, noise
-from moegguf.routers.file import read_router, write_router
+from moegguf.routers.file import read_router, router_bytes, write_router
 
 N_EMBD, N_LAYER = 64, 2
 NAMES = ("e0", "e1", "e2")
@@ -76,6 +76,7 @@ def mix(family, tmp_path: Path) -> Path:
 def test_a_router_file_gives_back_what_was_written(router: Router, tmp_path: Path):
     write_router(tmp_path / "r.safetensors", router)
     assert_same(read_router(tmp_path / "r.safetensors"), router)
+    assert router_bytes(read_router(tmp_path / "r.safetensors")) == (tmp_path / "r.safetensors").read_bytes()
 
 
 def test_a_shared_router_is_stored_once_and_read_for_every_layer(tmp_path: Path):

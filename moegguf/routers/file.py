@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import safetensors
-from safetensors.numpy import save
 
 from moegguf.atomic import atomic_file
 from moegguf.errors import UserError
 from moegguf.recipe import RouterMode
 from moegguf.routers import ROLES, Router
+from moegguf.routers.safetensors_head import safetensors_head
 
 FORMAT, VERSION = "moegguf-router", "1"
 _TRUNK = "trunk."
@@ -32,9 +32,9 @@ def write_router(path: Path, router: Router) -> None:
 
 
 def router_bytes(router: Router) -> bytes:
-    """The file of `router`."""
+    """The file of `router`, the same for the same router."""
     tensors = {_name(router, layer, role): matrix for (layer, role), matrix in router.matrices.items()}
-    tensors |= {_TRUNK + name: values for name, values in router.trunk.items()}
+    tensors |= {_TRUNK + name: values for name, values in sorted(router.trunk.items())}
     about = {
         "experts": list(router.experts),
         "k": router.k,
@@ -48,7 +48,7 @@ def router_bytes(router: Router) -> bytes:
     texts = {"format": FORMAT, "version": VERSION, "mode": str(router.mode)}
     texts |= {key: json.dumps(value) for key, value in about.items()}
     arrays = {name: np.ascontiguousarray(values, "<f4") for name, values in tensors.items()}
-    return save(arrays, texts)
+    return safetensors_head(texts, arrays) + b"".join(values.tobytes() for values in arrays.values())
 
 
 def check_target(path: Path) -> None:

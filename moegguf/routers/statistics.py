@@ -26,6 +26,7 @@ import safetensors
 from moegguf.atomic import atomic_file
 from moegguf.errors import UserError
 from moegguf.recipe import FITTED, Pool, RouterMode, Tap
+from moegguf.routers.safetensors_head import safetensors_head
 
 FORMAT, VERSION = "moegguf-router-statistics", "1"
 _GRAM, _MEAN, _NEGATIVE = "gram", "mean/", "negative/"
@@ -136,26 +137,15 @@ def write_statistics(path: Path, statistics: Statistics) -> None:
     arrays = {name: group.mean for name, group in groups.items()}
     if statistics.gram is not None:
         arrays[_GRAM] = statistics.gram
+    arrays = {name: np.ascontiguousarray(array, "<f8") for name, array in arrays.items()}
     with atomic_file(path) as file:
-        file.write(_header(about, arrays))
+        file.write(safetensors_head(about, arrays))
         for array in arrays.values():
-            file.write(np.ascontiguousarray(array, "<f8").data)
+            file.write(array.data)
 
 
 def _about(group: Group) -> dict[str, object]:
     return {f.name: getattr(group, f.name) for f in fields(Group) if f.name != "mean"}
-
-
-def _header(about: Mapping[str, str], arrays: Mapping[str, np.ndarray]) -> bytes:
-    """The head of a safetensors file whose arrays follow in order (safetensors, README: Format)."""
-    entries: dict[str, object] = {"__metadata__": dict(about)}
-    at = 0
-    for name, array in arrays.items():
-        entries[name] = {"dtype": "F64", "shape": array.shape, "data_offsets": [at, at + array.nbytes]}
-        at += array.nbytes
-    text = json.dumps(entries).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
 
 
 def read_statistics(path: Path, subject: Subject) -> Statistics:
