@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+from moegguf.gguf_header import TensorInfo
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,13 @@ class TensorName:
             return cls(int(match["layer"]), match["role"], match["kind"])
         role, _, kind = name.partition(".")
         return cls(None, role, kind)
+
+
+def stacked(info: TensorInfo) -> TensorInfo:
+    """`info` with its number of experts in front, which llama-quantize, and so Ollama, leaves out where it is 1."""
+    role = TensorName.parse(info.name).role
+    n_dims = 3 if role.endswith("_exps") else 2 if role == "ffn_gate_inp" else 1
+    return replace(info, shape=(1,) * (n_dims - len(info.shape)) + info.shape)
 
 
 def gguf_name(hf_name: str) -> TensorName | None:

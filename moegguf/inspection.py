@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
 import numpy as np
 
-from moegguf.families import TensorName
+from moegguf.families import TensorName, stacked
 from moegguf.gguf_header import DEFAULT_ALIGNMENT, Header, TensorInfo, read_header, shards, whole
 from moegguf.metadata import Card, SplitCard, read_card
 from moegguf.mix import FFN_ROLES
@@ -147,6 +147,7 @@ def check(path: Path, progress: Callable[[int], None] = lambda n_bytes: None) ->
     """
     parts = [read_header(part) for part in shards(path)]
     header, card = whole(parts[0]), read_card(parts[0])
+    header = replace(header, tensors={name: stacked(info) for name, info in header.tensors.items()})
     faults = [fault for part in parts for fault in _size_faults(part)]
     bands: dict[str, Bands] = {}
     if card is not None:

@@ -201,8 +201,11 @@ class Card:
 
 
 def spare_bytes(n: int) -> dict[str, GGUFValue]:
-    """The key that keeps `n` bytes (at least one) free in a header."""
-    return {SPARE: GGUFValue([0] * n, GGUFValueType.ARRAY, GGUFValueType.UINT8)}
+    """The key that keeps `n` bytes (at least one) free in a header.
+
+    They are Booleans: the writer of Ollama's older versions, up to 0.24, knows no arrays of numbers of one byte.
+    """
+    return {SPARE: GGUFValue([False] * n, GGUFValueType.ARRAY, GGUFValueType.BOOL)}
 
 
 def read_card(header: Header) -> Card | None:

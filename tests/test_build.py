@@ -196,6 +196,8 @@ def test_a_file_that_is_no_mix_has_no_card(family, tmp_path: Path):
     assert read_card(read_header(other)) is None
 
 
+GRANITE_SCALES = {"logit_scale": 1.0, "residual_scale": 1.0, "embedding_scale": 1.0, "attention.scale": 0.25}
+"""All that old versions of llama.cpp ask for; a head has 16 numbers."""
 NOISY_3 = {"router": {"mode": "noisy", "k": 3}}
 ARCHITECTURES = {
     "mixtral": ({}, "llama", {"expert_count": 3, "expert_used_count": 3, "feed_forward_length": 96}),
@@ -204,12 +206,12 @@ ARCHITECTURES = {
     "shared": (
         {"layout": "shared"},
         "granitemoe",
-        {"expert_count": 1, "expert_used_count": 1, "expert_shared_feed_forward_length": 192, "logit_scale": 1.0},
+        {"expert_count": 1, "expert_used_count": 1, "expert_shared_feed_forward_length": 192} | GRANITE_SCALES,
     ),
     "always on": (
         NOISY_3 | {"always_on": "e0"},
         "granitemoe",
-        {"expert_count": 2, "expert_used_count": 2, "expert_shared_feed_forward_length": 96, "logit_scale": 1.0},
+        {"expert_count": 2, "expert_used_count": 2, "expert_shared_feed_forward_length": 96} | GRANITE_SCALES,
     ),
 }
 
@@ -244,6 +246,22 @@ def test_the_general_keys_name_the_mix_its_parents_and_its_form(family, tmp_path
         "general.quantization_version": GGML_QUANT_VERSION,
     }
     assert {"moe", "moegguf"} <= set(general["general.tags"])
+
+
+def test_what_a_source_said_of_itself_as_a_mix_is_not_said_of_the_new_one(family, tmp_path: Path):
+    """Ollama 0.24 renames moegguf.* to llama.moegguf.* when it quantises a file."""
+    models = family("tied")
+    dense = build_dense(tmp_path / "dense.gguf", models.base)
+    old = {key: read_header(dense).value(key) for key in read_header(dense).fields if key.startswith("moegguf.")}
+    renamed = rewrite(
+        dense,
+        tmp_path / "renamed.gguf",
+        keys={f"llama.{key}": value for key, value in old.items()},
+        keep=lambda key: key not in old,
+    )
+    mix = build_mix(tmp_path / "mix.gguf", renamed, [renamed, models.experts[0]])
+    assert old
+    assert not [key for key in read_header(mix).fields if key.startswith("llama.moegguf.")]
 
 
 def test_no_path_of_this_machine_is_written_into_a_mix(family, tmp_path: Path):

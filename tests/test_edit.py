@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import llama_cpp
 import numpy as np
 import pytest
 
@@ -24,7 +26,9 @@ from moegguf.edit import change as change_module
 from moegguf.edit.change import Change, write_copy, write_in_place
 from moegguf.edit.experts import plan_add, plan_drop, plan_swap
 from moegguf.edit.finished import read_mix
+from moegguf.edit.keys import plan_set
 from moegguf.errors import UserError
+from moegguf.gguf_header import read_header
 from moegguf.inspection import check
 from moegguf.journal import held, journal_of
 from moegguf.metadata import SPARE, CompactCard, SplitCard
@@ -72,6 +76,33 @@ def built(path: Path, models: Family, names: str = "012", *, swapped: dict | Non
 def copied(change: Change, output: Path) -> Path:
     write_copy(change, output)
     return output
+
+
+def copied_by_llama_quantize(mix: Path, target: Path) -> Path:
+    """As `ollama create` does it to every file: dimensions of 1 go at the end, which is the front here."""
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.nthread, params.only_copy = 1, True
+    assert llama_cpp.llama_model_quantize(bytes(mix), bytes(target), ctypes.byref(params)) == 0
+    return target
+
+
+@pytest.mark.parametrize(
+    "table", [{"layout": "shared"}, {"router": NOISY, "always_on": "e1"}], ids=["shared", "always"]
+)
+def test_a_mix_that_went_through_llama_quantize_is_sound_and_changed_like_any_other(table, models, newcomer, tmp_path):
+    mix = built(tmp_path / "mix.gguf", models, "01", **table)
+    copy = copied_by_llama_quantize(mix, tmp_path / "copy.gguf")
+    shapes = [read_header(path).tensors["blk.0.ffn_up_exps.weight"].shape for path in (mix, copy)]
+    assert shapes[0] == (1, *shapes[1])
+    assert check(copy) == []
+    for path in (mix, copy):
+        write_in_place(plan_set(read_mix(path), {"general.name": "other"}))
+        write_in_place(plan_swap(read_mix(path), {"e0": str(newcomer)}))
+    assert check(copy) == []
+    ours, theirs = read_tensors(mix), read_tensors(copy)
+    assert {name: tensor.data for name, tensor in ours.items()} == {
+        name: tensor.data for name, tensor in theirs.items()
+    }
 
 
 # --- swap ---

@@ -81,6 +81,7 @@ def test_a_modelfile_says_what_the_file_and_the_flags_say(mix: Path, tmp_path: P
     template = said.pop("TEMPLATE")[0]
     assert said == {
         "FROM": ["./tiny-mix.gguf"], "stop": ["<|end|>", "<|user|>", "Q:"], "num_ctx": ["256"], "temperature": ["0.3"],
+        "repeat_penalty": ["1"],
         "top_k": ["5"], "min_p": ["0.125"], "SYSTEM": ['Be\n"brief"'], "LICENSE": ["mit"],
     }  # fmt: skip
     question = [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}]

@@ -18,7 +18,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValue, GGUFValueTyp
 from moegguf.edit.finished import FinishedMix
 from moegguf.edit.router import router_of
 from moegguf.errors import UserError
-from moegguf.families import PER_LAYER_WIDTHS, TensorName
+from moegguf.families import PER_LAYER_WIDTHS, TensorName, stacked
 from moegguf.layouts import lay_out
 from moegguf.layouts.shared import ARCH as SHARED_ARCH
 from moegguf.metadata import Card
@@ -157,7 +157,7 @@ def _unread(start: int, stop: int) -> np.ndarray:
 def _contradiction(file: FinishedMix, form: Form) -> UserError | None:
     """Where the file is not what its card says."""
     expected = {slot.name: slot.shape for slot in form.slots}
-    found = {info.name: info.shape for info in file.tensors}
+    found = {info.name: stacked(info).shape for info in file.tensors}
     for name in {**expected, **found}:
         if expected.get(name) != found.get(name):
             shapes = f"is {found.get(name, 'missing')}, by its keys {expected.get(name, 'not there')}"

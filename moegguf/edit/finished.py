@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from moegguf.errors import UserError
-from moegguf.families import TensorName
+from moegguf.families import TensorName, stacked
 from moegguf.gguf_header import Header, TensorInfo, read_header
 from moegguf.metadata import Card, read_card
 from moegguf.routers import FFN, Site
@@ -66,7 +66,7 @@ def read_mix(path: Path) -> FinishedMix:
         raise UserError(f"{path}: was not made by moegguf, so its experts are unknown", "pass a mix that it built")
     names = {name: TensorName.parse(name) for name in header.tensors}
     routers = {name: parsed.layer for name, parsed in names.items() if parsed.role == "ffn_gate_inp"}
-    sites = {(layer or 0, FFN): header.tensors[name] for name, layer in routers.items()}
+    sites = {(layer or 0, FFN): stacked(header.tensors[name]) for name, layer in routers.items()}
     if wrong := [info for info in sites.values() if info.type.name != "F32" or len(info.shape) != 2]:
         raise UserError(f"{path}: {wrong[0].name} is {wrong[0].type.name}, expected an F32 matrix", "build it again")
     return FinishedMix(header, card, dict(sorted(sites.items())))

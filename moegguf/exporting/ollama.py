@@ -21,6 +21,8 @@ from moegguf.sources.ollama import SAMPLING
 from moegguf.tensor import largest
 
 DEFAULT_CTX = 4096
+NO_PENALTY = {"repeat_penalty": 1.0}
+"""As llama.cpp has it. Ollama's own default was 1.1 up to its version 0.24, with which answers differ."""
 PARAMETERS: dict[str, type[int] | type[float]] = {
     "num_ctx": int, "num_predict": int, "num_keep": int, "num_batch": int, "num_gpu": int, "num_thread": int,
     "seed": int, "top_k": int, "repeat_last_n": int, "mirostat": int,
@@ -70,7 +72,7 @@ def parameters(header: Header, ctx: int | None, given: Mapping[str, object]) -> 
     check_range("--ctx", ctx, 1)
     n_ctx = largest(header.get(f"{header.get('general.architecture')}.context_length", DEFAULT_CTX))
     found = {name: header.get(key) for name, (key, _) in SAMPLING.items()}
-    values = {"num_ctx": ctx or min(n_ctx, DEFAULT_CTX)}
+    values = {"num_ctx": ctx or min(n_ctx, DEFAULT_CTX)} | NO_PENALTY
     values |= {name: value for name, value in found.items() if isinstance(value, int | float)}
     return values | {name: _parameter(name, str(value)) for name, value in given.items()}
 

@@ -16,6 +16,7 @@ import numpy as np
 from gguf import GGUFValue, GGUFValueType
 
 from moegguf.families import TensorName
+from moegguf.metadata import PREFIX
 from moegguf.mix import Expert, Mix
 from moegguf.quant.neurons import gather_columns, gather_rows, kept, merge_columns, merge_rows, merged
 from moegguf.quant.sums import weighted_sum
@@ -141,12 +142,15 @@ def assemble(mix: Mix, ffn_slots) -> tuple[Slot, ...]:
 
 
 def architecture_metadata(mix: Mix, arch: str) -> Metadata:
-    """The base's architecture keys, under the name of `arch`."""
+    """The base's architecture keys, under the name of `arch`.
+
+    Not those of a mix that the base once was: Ollama 0.24 renames `moegguf.*` to `llama.moegguf.*` when it quantises.
+    """
     prefix = f"{mix.base.arch}."
     return {
         f"{arch}.{key.removeprefix(prefix)}": value
         for key, value in mix.base.metadata.items()
-        if key.startswith(prefix)
+        if key.startswith(prefix) and not key.startswith(prefix + PREFIX)
     }
 
 

@@ -1,8 +1,9 @@
 """shared: an always-on FFN beside a routed stack, in one layer. Architecture `granitemoe`.
 
 Its graph is that of `llama` plus a shared expert, added to the routed output (llama.cpp, src/models/granite.cpp):
-out = shared(x) + Σ p_e f_e(x). The factors are folded into `down`. With logit_scale 1 and the other granite
-scales left out the rest is the same computation, rotary order included.
+out = shared(x) + Σ p_e f_e(x). The factors are folded into `down`. With granite's scales at 1, and attention's at
+1/√head, the rest is the same computation, rotary order included. llama.cpp does without most of them; the copy of it in
+Ollama up to 0.24 asks for each.
 
 Gate-less: the shared group holds the experts of one precision, fused, each times its weight; the stack holds the
 others behind a zero router with k = its size R, each times R · weight. Of two precisions the finer one is shared;
@@ -95,9 +96,11 @@ def split(quants: Mapping[str, str], always_on: str | None) -> tuple[tuple[str, 
 def _metadata(mix: Mix, n_routed: int, shared_width: int, k: int) -> Metadata:
     metadata = architecture_metadata(mix, ARCH)
     metadata.pop(f"{ARCH}.rope.scaling.finetuned", None)  # granite reads it as "no RoPE at all"
+    one, scale = np.float32(1), np.float32(1) / np.sqrt(np.float32(mix.base.head_size))  # as llama.cpp computes it
+    scales = {"logit_scale": one, "residual_scale": one, "embedding_scale": one, "attention.scale": scale}
+    metadata |= {f"{ARCH}.{key}": GGUFValue(float(value), GGUFValueType.FLOAT32) for key, value in scales.items()}
     return metadata | {
         f"{ARCH}.expert_count": u32(n_routed),
         f"{ARCH}.expert_used_count": u32(k),
         f"{ARCH}.expert_shared_feed_forward_length": u32(shared_width),
-        f"{ARCH}.logit_scale": GGUFValue(1.0, GGUFValueType.FLOAT32),
     }
