@@ -28,7 +28,7 @@ from moegguf.atomic import check_space, check_writable
 from moegguf.errors import UserError
 from moegguf.families import PER_LAYER_WIDTHS
 from moegguf.layouts import lay_out
-from moegguf.metadata import SPARE_BYTES, Card, CompactCard, ExpertCard, SplitCard, spare_bytes
+from moegguf.metadata import SPARE_BYTES, Card, CompactCard, ExpertCard, SplitCard, check_name, spare_bytes
 from moegguf.mix import Mix, base_faults, make_mix, with_imatrices, with_imatrix
 from moegguf.quant.imatrix import Imatrix, read_imatrix, with_importance, with_trunk_importance
 from moegguf.quant.neurons import Compaction, width
@@ -117,6 +117,7 @@ def plan_build(
     _check_expressible(recipe)
     check_writable(recipe.output, overwrite)
     mix = open_mix(recipe, router=router, stream=stream, pre=pre)
+    check_name(recipe.name, mix.base.metadata)
     mix = with_imatrices(mix, lambda ref: read_imatrix(recipe.folder / ref))
     if recipe.compact:
         _check_compactable(mix)

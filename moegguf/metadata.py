@@ -6,6 +6,7 @@ the only file that spells the keys. Build side and runtime side both use it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -198,6 +199,22 @@ class Card:
             "expert.licenses": array(licences, string) if any(licences) else None,
         }
         return {PREFIX + key: value for key, value in values.items() if value is not None}
+
+
+def check_name(name: str, metadata: Mapping[str, GGUFValue]) -> None:
+    """Raises UserError for a name that keeps llama.cpp from loading a model with these keys.
+
+    By 'phi3' in it, it takes a model for Phi 3, and gives up where tokens of Phi 3 are missing (`src/llama-vocab.cpp`,
+    the attributes at the end of `load`).
+    """
+    if not re.search("phi-?3", name.lower()):
+        return
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    if missing := sorted({"</s>", "<unk>", "<s>", "<|endoftext|>"} - set(tokens.value if tokens else ())):
+        raise UserError(
+            f"name {name!r}: llama.cpp takes that for a Phi 3, whose tokens {', '.join(missing)} its base lacks",
+            "choose a name (of the recipe, or of -o) without phi3 and phi-3",
+        )
 
 
 def spare_bytes(n: int) -> dict[str, GGUFValue]:

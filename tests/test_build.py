@@ -9,18 +9,24 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf import GGML_QUANT_VERSION, LlamaFileType
+from gguf import GGML_QUANT_VERSION, GGUFValue, GGUFValueType, LlamaFileType
 
 import tiny_models
 from conftest import Family, build_dense, build_mix, make_recipe, read_metadata, read_tensors, rewrite
 from moegguf import __version__
 from moegguf.assembly import build, plan_build
+from moegguf.edit.finished import read_mix
+from moegguf.edit.keys import plan_set
+from moegguf.errors import UserError
 from moegguf.gguf_header import read_header
 from moegguf.metadata import Card, ExpertCard, read_card
+from moegguf.runtime.model import open_model
+from moegguf.runtime.run_options import RunOptions
 
 LAYOUTS = ("mixtral", "fused", "shared")
 N_MANY = 11
@@ -246,6 +252,19 @@ def test_the_general_keys_name_the_mix_its_parents_and_its_form(family, tmp_path
         "general.quantization_version": GGML_QUANT_VERSION,
     }
     assert {"moe", "moegguf"} <= set(general["general.tags"])
+
+
+def test_a_name_that_llama_cpp_would_fail_on_is_refused_by_builds_and_changes(family, tmp_path: Path):
+    models = family("llama3_like")
+    mix = build_mix(tmp_path / "mix.gguf", models.base, models.experts)
+    misnamed = {"general.name": GGUFValue("my-Phi-3-mix", GGUFValueType.STRING)}
+    with pytest.raises(UserError, match="unordered_map::at"):
+        open_model(rewrite(mix, tmp_path / "misnamed.gguf", keys=misnamed), RunOptions(threads=1))
+    recipe = replace(make_recipe(tmp_path / "other.gguf", models.base, models.experts), name="my-Phi-3-mix")
+    with pytest.raises(UserError, match="takes that for a Phi 3, whose tokens </s>, <s>, <unk>"):
+        plan_build(recipe)
+    with pytest.raises(UserError, match="takes that for a Phi 3"):
+        plan_set(read_mix(mix), {"general.name": "phi3"})
 
 
 def test_what_a_source_said_of_itself_as_a_mix_is_not_said_of_the_new_one(family, tmp_path: Path):

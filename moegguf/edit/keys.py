@@ -10,7 +10,7 @@ from gguf import GGUFValue, GGUFValueType
 from moegguf.edit.change import Change, stored_tensors, with_card
 from moegguf.edit.finished import FinishedMix
 from moegguf.errors import UserError
-from moegguf.metadata import Card
+from moegguf.metadata import Card, check_name
 from moegguf.recipe import Layout
 
 NAME, TEMPLATE = "general.name", "tokenizer.chat_template"
@@ -32,6 +32,7 @@ def plan_set(mix: FinishedMix, texts: Mapping[str, str], k: int | None = None) -
     """
     if faults := [*_text_faults(texts), *_k_faults(mix, k)]:
         raise UserError.of(faults)
+    check_name(texts.get(NAME, ""), mix.metadata)
     card = replace(mix.card, name=texts.get(NAME, mix.card.name), k=k or mix.card.k)
     metadata = {key: value for key, value in mix.metadata.items() if texts.get(key) != ""}
     metadata |= {key: GGUFValue(text, GGUFValueType.STRING) for key, text in texts.items() if text}
