@@ -279,6 +279,11 @@ UNTRANSLATED = {
     "{{ continue }}": "it has 'continue' outside of a loop",
     "{{ if .Prompt }}" * 200: "its blocks are nested too deeply",
     "{{ " + "(" * 200 + "1" + ")" * 200 + " }}": "its parentheses are nested too deeply",
+    "{{ eq 1 " + "1" * 5000 + " }}": "an action in it has '111",
+    '{{ "\\ud800" }}': "it has the broken string",
+    "{{ if " + "(eq " * 30 + ".System" + " 1 2)" * 30 + " }}{{ end }}": "what it makes with 'eq' is too long",
+    "{{ with print .System }}" + "{{ with print . . }}" * 30 + "{{ end }}" * 31: "makes with 'print' is too long",
+    "a" * 100_000: "it has 100000 characters",
 }
 
 
@@ -331,6 +336,28 @@ def test_where_gos_template_cannot_be_translated_the_ggufs_own_is_taken():
         assert words in chat.notes[0]
         assert words in chat_of(Told("{{ .Prompt }}", renderer="qwen9"), own).notes[0]
     assert chat_of(Told(), OWN) == Chat(OWN, ())
+
+
+@pytest.mark.parametrize(
+    "go",
+    [
+        "{{ if .System }}" * 99 + "{{ end }}" * 99,
+        "{{ range $.Messages }}" * 30 + "{{ end }}" * 30,
+        "{{ range .Messages }}" + "{{ if .Role }}{{ break }}{{ end }}" * 300 + "{{ end }}",
+        "{{ .System" + " | print" * 250 + " }}",
+    ],
+    ids=["if", "range", "break", "print"],
+)
+def test_a_translation_that_no_jinja_compiles_is_not_taken(go: str):
+    chat = chat_of(Told(go + "{{ .Prompt }}" * ("Messages" not in go)), OWN)
+    assert chat.template == OWN
+    assert "cannot be translated from Go, it is nested too deeply" in chat.notes[0]
+
+
+def test_variables_of_one_name_stay_apart():
+    loop = "{{ range .Messages }}{{ $x := .Content }}{{ $x5 := .Role }}{{ $x }}{{ $x5 }}{{ end }}"
+    go = "{{ $x := .System }}" + loop + "{{ $x }}"
+    assert render(to_jinja(go), messages((S, "sys"), (U, "Q"))) == "syssystemQusersys"
 
 
 @pytest.mark.parametrize(

@@ -272,6 +272,11 @@ def spoil(path: Path, change: Callable[[bytes], bytes]) -> None:
     path.write_bytes(change(content))
 
 
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
 DAMAGE = {
     "no json": (lambda store: spoil(store.manifest(BASE), lambda text: text[:50]), "malformed manifest: no JSON"),
     "no object": (lambda store: store.manifest(BASE).write_text("[]"), "malformed manifest: it has no list of layers"),
@@ -313,6 +318,14 @@ DAMAGE = {
         lambda store: store.add(BASE, model=store.blob_of(EXPERT, "model"), messages=b'[{"role": "user"}]'),
         "its messages are no JSON list of texts with roles",
     ),
+    "half a character": (
+        lambda store: store.add(
+            BASE, model=store.blob_of(EXPERT, "model"), messages=rb'[{"role": "user", "content": "\ud800"}]'
+        ),
+        "its messages are no JSON list of texts with roles",
+    ),
+    "endless manifest": (lambda store: pipe(store.manifest(BASE)), "latest: cannot be read (no regular file)"),
+    "endless text": (lambda store: pipe(store.blob_of(BASE, "system")), "cannot be read (no regular file)"),
     "adapter": (lambda store: store.add(BASE, model=b"", adapter=b"x"), "has a layer of kind adapter"),
     "no weights": (lambda store: store.add(BASE, template=b"x"), "has 0 files of weights, expected one GGUF"),
     "no gguf": (lambda store: store.add(BASE, model=b"x" * 99), "not a GGUF file"),
@@ -325,7 +338,8 @@ def test_a_damaged_model_is_refused_in_one_line(kind: str, store: OllamaStore):
     damage(store)
     message = fault("ollama:tiny")
     assert expected in message
-    assert "`ollama pull tiny:latest`" in message or kind in ("adapter", "no weights", "no gguf")
+    others = ("adapter", "no weights", "no gguf", "endless manifest", "endless text")
+    assert "`ollama pull tiny:latest`" in message or kind in others
 
 
 def test_weights_are_verified_before_a_build_writes_and_not_before(store: OllamaStore, tmp_path: Path):

@@ -17,7 +17,7 @@ _SPACE = " \t\r\n"
 _TOKEN = re.compile(
     r"""(?P<space>[ \t\r\n]+)
     | (?P<string>"(?:[^"\\\n]|\\.)*") | (?P<raw>`[^`]*`)
-    | (?P<number>[+-]?\d+(?!\w))
+    | (?P<number>[+-]?[0-9]{1,18}(?!\w))
     | (?P<field>\.[^\W\d]\w*) | (?P<dot>\.)
     | (?P<variable>\$\w*) | (?P<word>[^\W\d]\w*)
     | (?P<mark>:=|=|\||,|\(|\))""",
@@ -29,6 +29,7 @@ _WORDS = {"true": True, "false": False, "nil": None}
 _BYTE = re.compile(r"(?<!\\)(?:\\\\)*\\(?:x[89a-fA-F]|[23])")
 """An escape for one byte of a character, which Go has and Python has not."""
 _MAX_DEPTH = 100
+_MAX_LENGTH = 64 << 10  # characters; the longest that Ollama ships has 10 thousand
 
 
 class GoTemplateError(Exception):
@@ -100,6 +101,8 @@ Token = tuple[str, str]
 
 def parse(source: str) -> tuple[Node, ...]:
     """The nodes of a template. Raises GoTemplateError for one that Go would not read either, and for inclusions."""
+    if len(source) > _MAX_LENGTH:
+        raise GoTemplateError(f"it has {len(source)} characters, more than {_MAX_LENGTH}")
     nodes, end = _nodes(_pieces(source), depth=0)
     if end is not None:
         raise GoTemplateError(f"it has {end[0][1]!r} without a beginning")
@@ -316,6 +319,8 @@ def _unquoted(text: str) -> str:
     if _BYTE.search(text):
         raise GoTemplateError(f"it writes bytes as {text}")
     try:
-        return ast.literal_eval(text)
+        value = ast.literal_eval(text)
+        value.encode()  # not for half a character, which Go refuses too
     except (SyntaxError, ValueError) as error:
-        raise GoTemplateError(f"it has the broken string {text}") from error
+        raise GoTemplateError(f"it has the broken string {text:.100}") from error
+    return value

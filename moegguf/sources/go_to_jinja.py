@@ -79,6 +79,8 @@ _ELEMENTS = {
 _JSON = ("tools", "tool", "function", "parameters", "properties", "property", "called", "call")
 _NUMBERS = ("number", "index")
 _COMPARISONS = {"ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
+_MAX_CODE = 2 << 10
+"""Characters of an expression. What is taken twice, by `eq` or `with`, is written twice, and so on within it."""
 
 
 def to_jinja(go: str, bos: str = "") -> str:
@@ -305,11 +307,10 @@ class _Translation:
 
     def _name(self, variable: str) -> str:
         """A name in Jinja for a variable of Go's, used for nothing else."""
-        name = "v_" + re.sub(r"\W", "", variable[1:])
-        while name in self.used:
-            name += "_"
+        name = "v_" + re.sub(r"[^0-9A-Za-z_]", "", variable[1:])
+        name = f"v{len(self.used)}{name[1:]}" if name in self.used else name
         self.used.add(name)
-        return name if name.isascii() else self._name("$" + str(len(self.used)))
+        return name
 
     def _variable(self, name: str) -> Value:
         for scope in reversed(self.scopes):
@@ -333,9 +334,12 @@ class _Translation:
         if head.name not in _FUNCTIONS:
             raise GoTemplateError(f"it calls {head.name!r}")
         try:
-            return _FUNCTIONS[head.name](*arguments)
+            value = _FUNCTIONS[head.name](*arguments)
         except TypeError:
             raise GoTemplateError(f"it calls {head.name!r} with {len(arguments)} values") from None
+        if len(value.code) > _MAX_CODE:
+            raise GoTemplateError(f"what it makes with {head.name!r} is too long")
+        return value
 
     def _operand(self, operand: Operand, dot: Value) -> Value:
         match operand:

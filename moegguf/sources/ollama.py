@@ -17,9 +17,11 @@ types/model/name.go and server/images.go.
 from __future__ import annotations
 
 import difflib
+import errno
 import hashlib
 import json
 import re
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -35,6 +37,7 @@ from moegguf.sources.gguf_file import open_gguf
 from moegguf.sources.ollama_chat import Chat, Message, Told, chat_of
 from moegguf.stores import is_folder, ollama_folders
 from moegguf.tensor import Expected, Metadata, Source
+from moegguf.texts import is_unicode
 
 F32, I32 = GGUFValueType.FLOAT32, GGUFValueType.INT32
 SAMPLING = {
@@ -149,7 +152,8 @@ class Model:
 
 
 def _is_message(value: object) -> TypeGuard[Message]:
-    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
+    texts = [value.get(key) for key in ("role", "content")] if isinstance(value, dict) else [None]
+    return all(isinstance(text, str) and is_unicode(text) for text in texts)
 
 
 def open_ollama(target: str, ref: str) -> Source:
@@ -194,6 +198,8 @@ def _find(name: Name, ref: str) -> Model:
     for folder in folders:
         path = folder / "manifests" / name.host / name.namespace / name.model / name.tag
         try:
+            if (n_bytes := _size(path)) > _MAX_SMALL_BYTES:
+                raise UserError(f"{path}: has {n_bytes} bytes, expected a manifest", f"run `ollama pull {name}` again")
             content = path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             continue
@@ -251,13 +257,21 @@ def _layers(path: Path, folder: Path, content: bytes, name: Name) -> Iterator[La
 
 def _check_size(model: Model, layer: Layer) -> None:
     try:
-        found = layer.path.stat().st_size
+        found = _size(layer.path)
     except FileNotFoundError:
         raise model.fault(f"{layer.path}, the blob of its {layer.kind}, is missing") from None
     except OSError as error:
         raise UserError(f"{layer.path}: cannot be read ({error.strerror})", "check its permissions") from error
     if found != layer.n_bytes:
         raise model.fault(f"{layer.path} ({layer.kind}) has {found} bytes, expected {layer.n_bytes}")
+
+
+def _size(path: Path) -> int:
+    """Bytes of a regular file; reading another kind may never end. Raises OSError."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "no regular file")
+    return status.st_size
 
 
 def _sampling(model: Model) -> Metadata:

@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from moegguf.sources.go_template import GoTemplateError, names, parse
@@ -69,9 +70,14 @@ def _template(told: Told, own: str | None, bos: str) -> tuple[str | None, tuple[
     try:
         if own is not None and prefers_own(own, told.template):
             return own, ("the chat template is the GGUF's own, which Ollama too takes before the one beside it",)
-        return to_jinja(told.template, bos), ("the chat template is Ollama's, translated from Go",)
+        template = to_jinja(told.template, bos)
+        _compiled(template)
+        return template, ("the chat template is Ollama's, translated from Go",)
     except GoTemplateError as error:
-        return own, (f"the chat template that Ollama has beside it cannot be translated from Go, {error}: {rest}",)
+        why = str(error)
+    except (RecursionError, SyntaxError):  # Python has such limits, and Jinja compiles to Python
+        why = "it is nested too deeply"
+    return own, (f"the chat template that Ollama has beside it cannot be translated from Go, {why}: {rest}",)
 
 
 def _named(has_system: bool, examples: Sequence[Message]) -> str:
@@ -95,13 +101,16 @@ def takes_system(template: str) -> bool:
     messages = [{"role": "system", "content": _PROBE}, {"role": "user", "content": "hello"}]
     given = {"bos_token": "", "eos_token": "", "raise_exception": fail, "strftime_now": lambda form: form}
     try:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        compiled = environment.from_string(template)
-        return _PROBE in compiled.render(messages=messages, add_generation_prompt=True, **given)
+        return _PROBE in _compiled(template).render(messages=messages, add_generation_prompt=True, **given)
     except Exception:  # foreign code may raise anything
         return False
+
+
+def _compiled(template: str) -> jinja2.Template:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    return environment.from_string(template)
 
 
 def prefers_own(own: str, go: str) -> bool:
