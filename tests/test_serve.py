@@ -233,6 +233,7 @@ def test_a_wrong_key_opens_nothing(server: Server):
         with pytest.raises(openai.AuthenticationError):
             knock()
     assert server.get("/metrics", Authorization="Bearer wrong")[0] == 401
+    assert server.get("/metrics", Authorization=f"bearer {KEY}")[0] == 200
     assert server.get("/health", Authorization="")[0] == 200
     assert ask(server, "mixtral", "What is 6 times 7?")
 
@@ -250,6 +251,7 @@ REFUSED = {
     "wrong type": ("POST", "/v1/chat/completions", b'{"messages": 7}', 400, "messages"),
     "unknown model": ("POST", "/v1/completions", b'{"model": "x", "prompt": ""}', 404, "there are: mixtral, fused"),
     "unknown path": ("GET", "/v2/nothing", None, 404, ""),
+    "too long a target": ("GET", "/" + "a" * 9000, None, 414, "longer than"),
     "unknown method": ("BREW", "/v1/models", None, 501, "BREW"),
     "too long a prompt": ("POST", "/v1/completions", json.dumps({"prompt": "a" * 9999}).encode(), 400, "context"),
     "unknown adapter": ("POST", "/v1/completions?model=noisy1", b'{"lora": [{"id": 1, "scale": 1}]}', 400, "adapters"),
@@ -505,7 +507,8 @@ def test_a_models_server_is_started_again_when_it_dies_and_dies_with_its_parent(
             child.kill()
             said += rest(connection)
         assert b"[DONE]" not in said
-        assert "endless: llama.cpp's server ended by itself" in server.process.stderr.readline()
+        ended = server.process.stderr.readline()
+        assert "endless: llama.cpp's server ended by itself (it was ended by SIGKILL); starting again" in ended
         until = time.monotonic() + SECONDS
         while server.get("/health")[0] != 200 and time.monotonic() < until:
             time.sleep(0.05)
@@ -515,6 +518,19 @@ def test_a_models_server_is_started_again_when_it_dies_and_dies_with_its_parent(
         (child,) = psutil.Process(server.process.pid).children()
         server.process.kill()
         child.wait(SECONDS)  # it ends with its parent, however that ended
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="nobody else can limit a process that runs")
+def test_connections_for_which_there_is_no_file_wait_and_it_is_said_once(endless: Path):
+    with serving(endless, "--ctx", "256", "--parallel", "1", key=None) as server:
+        psutil.Process(server.process.pid).rlimit(psutil.RLIMIT_NOFILE, (40, 40))
+        for connection in [server.connect() for _ in range(80)]:
+            connection.close()
+        assert server.get("/health")[0] == 200
+        assert server.stop() == 0
+        assert server.process.stderr.read() == (
+            "too many files are open: more connections wait; `ulimit -n` allows more\n"
+        )
 
 
 def test_https_with_a_key_from_a_file(endless: Path, tmp_path: Path):
@@ -590,7 +606,8 @@ def test_bad_models_and_adapters_are_one_line(model: Path, tmp_path: Path, capsy
     assert "for which model?" in fault(capsys, model, other, "--adapter", "x.gguf")
     assert "not a LoRA adapter" in fault(capsys, model, "--adapter", other)
     assert "unknown device; xllamacpp knows CPU" in fault(capsys, model, "--override-tensor", "a=CUDA7")
-    assert "xllamacpp sees no GPU here" in fault(capsys, model, "--gpu-layers", "all")
+    no_gpu = fault(capsys, model, "--gpu-layers", "all", "--main-gpu", "3", "--tensor-split", "1,2")
+    assert "xllamacpp sees no GPU here: leave --gpu-layers and --main-gpu and --tensor-split out" in no_gpu
     assert "--device names 'CUDA7'" in fault(capsys, model, "--device", "CUDA7")
 
 

@@ -264,6 +264,18 @@ def test_a_worker_that_dies_in_the_midst_of_an_answer_ends_it_with_one_line(endl
     assert re.fullmatch(rf"moegguf: error: worker 127.0.0.1:{ports[0]}: lost the connection; .*\n", err)
 
 
+def test_the_line_is_seen_while_a_model_is_loaded():
+    """llama-cpp-python turns stderr to nowhere for that long."""
+    program = """if True:
+        from llama_cpp._utils import suppress_stdout_stderr
+        from moegguf.leaving import leave
+        with suppress_stdout_stderr(disable=False):
+            leave("gone", 2)
+    """
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "gone\n")
+
+
 # --- one that says nothing ---
 
 

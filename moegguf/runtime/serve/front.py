@@ -1,8 +1,8 @@
 """The one address of `moegguf serve`, in front of a server for each model.
 
-A model's server takes whatever is sent to it. The front finds the model that a request names,
-and lets through only what is well-formed, of bounded size, sent in bounded time and allowed: its limits are those of
-`wire`, and `MAX_CLIENTS`. Answers pass through as they come; a client that leaves takes its request with it.
+A model's server takes whatever is sent to it. The front finds the model that a request names, and lets through only
+what is well-formed, of bounded size, sent in bounded time and allowed: its limits are those of `wire`, and
+`MAX_CLIENTS`. Answers pass through as they come; a client that leaves takes its request with it.
 
 A request names its model in its JSON body or, as in llama.cpp's own router mode, in the query (`?model=`); one that
 names none gets the first. What concerns all models, /v1/models and /metrics, is asked of all and put together; the web
@@ -36,7 +36,8 @@ import h11
 from moegguf.runtime.serve.wire import BODY_BYTES, BODY_SECONDS, REQUEST_SECONDS, Headers, Peer, Refused, response
 
 MAX_CLIENTS = 256
-"""Connections at a time; more are told to come again. Each takes two files, of which many systems allow 1024."""
+"""Connections at a time; more are told to come again. Each takes two files."""
+_LONGEST_TARGET = 8 << 10  # of llama.cpp's server, which hangs up on a longer one
 
 _METHODS = (b"GET", b"HEAD", b"POST", b"DELETE")
 _HEALTH = ("/health", "/v1/health")
@@ -80,9 +81,10 @@ class _Request:
 class Front:
     """Answers clients. Give `connected` to `asyncio.start_server`."""
 
-    def __init__(self, backends: Sequence[Backend], door: Door) -> None:
+    def __init__(self, backends: Sequence[Backend], door: Door, *, max_clients: int = MAX_CLIENTS) -> None:
         self._backends = {backend.name: backend for backend in backends}
         self._door = door
+        self._max_clients = max_clients
         self._clients: set[asyncio.Task] = set()
         self._busy: set[asyncio.Task] = set()
         self._is_closing = False
@@ -92,7 +94,7 @@ class Front:
         client, task = Peer(h11.SERVER, reader, writer), asyncio.current_task()
         self._clients.add(task)
         try:
-            if len(self._clients) > MAX_CLIENTS:
+            if len(self._clients) > self._max_clients:
                 raise Refused(503, "too many connections; try again in a moment")
             await self._converse(client, task)
         except Refused as refused:
@@ -140,6 +142,8 @@ class Front:
         target = head.target.decode("ascii")
         if not target.startswith("/"):
             raise Refused(400, "the request's target does not begin with /")
+        if len(target) > _LONGEST_TARGET:
+            raise Refused(414, f"the request's target is longer than {_LONGEST_TARGET} bytes")
         path, _, query = target.partition("?")
         body = await _body(client, headers)
         return _Request(
@@ -255,7 +259,7 @@ async def _cancel_when_gone(client: Peer, answer: asyncio.Future) -> None:
 
 def _key(headers: Mapping[bytes, bytes]) -> bytes:
     given = headers.get(b"authorization") or headers.get(b"x-api-key", b"")
-    return given.removeprefix(b"Bearer ").strip()
+    return re.sub(rb"(?i)^bearer ", b"", given).strip()
 
 
 def _parsed(body: bytes) -> Any:
@@ -318,7 +322,9 @@ async def _exchange(backend: Backend, request: _Request) -> AsyncIterator[h11.Ev
             yield h11.EndOfMessage()
         finally:
             server.close()
-    except (OSError, h11.RemoteProtocolError) as error:
+    except h11.RemoteProtocolError as error:
+        raise Refused(502, f"the server of {backend.name} hung up without a whole answer; try again") from error
+    except OSError as error:
         raise Refused(502, f"{backend.name} does not answer: {error}") from error
 
 

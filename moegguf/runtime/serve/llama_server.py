@@ -97,11 +97,22 @@ def _params(x: Any, settings: Settings) -> Any:
         setattr(params.sampling, name, value)
     params.lora_adapters = [x.CommonAdapterLoraInfo(path, 0.0) for path in settings.adapters]
     params.lora_init_without_apply = True
+    _place(params, x, settings)
+    return params
 
+
+def _place(params: Any, x: Any, settings: Settings) -> None:
+    """Say what goes where. Raises ValueError for devices that are not there, which the parent reports."""
     params.load_mode = x.llama_load_mode[f"LLAMA_LOAD_MODE_{settings.load_mode}"]
     params.n_gpu_layers, params.fit_params = settings.gpu_layers, settings.gpu_layers == FITTING_LAYERS
-    if settings.gpu_layers not in (0, FITTING_LAYERS) and not any(kind.endswith("GPU") for _, kind in _devices(x)):
-        raise ValueError("xllamacpp sees no GPU here: leave --gpu-layers out, or install its wheel for your GPU")
+    asked = {
+        "--gpu-layers": settings.gpu_layers not in (0, FITTING_LAYERS),
+        "--main-gpu": settings.main_gpu is not None,
+        "--tensor-split": bool(settings.tensor_split),
+    }
+    if any(asked.values()) and not any(kind.endswith("GPU") for _, kind in _devices(x)):
+        flags = " and ".join(flag for flag, is_asked in asked.items() if is_asked)
+        raise ValueError(f"xllamacpp sees no GPU here: leave {flags} out, or install its wheel for your GPU")
     if settings.tensor_overrides:
         try:
             params.tensor_buft_overrides = settings.tensor_overrides
@@ -112,7 +123,6 @@ def _params(x: Any, settings: Settings) -> Any:
         params.main_gpu, params.split_mode = settings.main_gpu, x.llama_split_mode.LLAMA_SPLIT_MODE_NONE
     if settings.tensor_split:
         params.tensor_split = [*settings.tensor_split, *[0.0] * (_MAX_DEVICES - len(settings.tensor_split))]
-    return params
 
 
 def _devices(x: Any) -> list[tuple[str, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import signal
 import subprocess
 import sys
 from collections import deque
@@ -17,8 +18,8 @@ _TELLING = (
     "error loading model: ", "failed to apply lora adapter: ", "common_chat_templates_init: error: ", "ValueError: ",
 )  # fmt: skip
 _LONGEST_LINE = 1 << 20
-_KILLED = -9  # by the system, as there is nobody else who would
-
+_KILLED = -9  # by the system while it loads, as there is nobody else who would
+_ENDED_BY_OTHERS = (_KILLED, -15)  # SIGKILL, SIGTERM: nothing that it said is the reason
 
 Settings = llama_server.Settings | own_server.Settings
 
@@ -80,7 +81,9 @@ class Process:
 
     @property
     def reason(self) -> str:
-        """The most telling line of why it ended."""
+        """Why it ended: what ended it, or else the most telling line of what it said."""
+        if self._process.returncode in _ENDED_BY_OTHERS:
+            return f"it was ended by {signal.Signals(-self._process.returncode).name}"
         for marker in _TELLING:
             for line in self._said:
                 if marker in line:

@@ -1,38 +1,48 @@
 """Serve models until told to stop.
 
-The address is taken before anything is loaded, so that one that is not free costs nothing; requests are told to come
-again until then. At Ctrl-C or SIGTERM no new
-request is taken, answers under way get `GRACE_SECONDS`, and then everything ends; a second Ctrl-C does not wait. A
-model's server that ends by itself is started again: the requests that it was answering fail, all others go on.
+The address is taken before anything is loaded, so that one that is not free costs nothing; until all models are loaded
+requests are told to come again. At Ctrl-C or SIGTERM no new request is taken, answers under way get `GRACE_SECONDS`,
+and then everything ends; a second Ctrl-C does not wait. A model's server that ends by itself is started again: the
+requests that it was answering fail, all others go on.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import math
 import re
 import signal
 import socket
 import ssl
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import Any
 
 from moegguf.errors import UserError
 from moegguf.runtime.serve.address import BACKLOG, KEY_VARIABLE, Address, is_loopback, listen, tls_context, url
-from moegguf.runtime.serve.front import Door, Front
+from moegguf.runtime.serve.front import MAX_CLIENTS, Door, Front
 from moegguf.runtime.serve.models import Served
 from moegguf.runtime.serve.process import Process
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 GRACE_SECONDS = 30
 HANDSHAKE_SECONDS = 10
+_OWN_FILES, _FILES_OF_SERVER = 24, 4
+_NOTE_SECONDS = 60
 
 Note = Callable[[str], None]
 """Is told, in a line, what happens while models are served."""
 
 
 def open_door(address: Address, key: str | None, *, to_all: bool = False) -> Door:
-    """Who may come in at `address`: who knows `key`. Raises UserError for none where other machines can, unless the
-    door is to be open `to_all`."""
+    """Who may come in at `address`: whoever knows `key`. Raises UserError for no key where other machines can come in,
+    unless the door is to be open `to_all`."""
     if key is not None and not (isinstance(key, str) and re.fullmatch(r"[!-~]+", key)):
         raise UserError("an API key is one line of letters, digits and signs, without blanks", "write another")
     is_local = is_loopback(address)
@@ -97,7 +107,8 @@ async def _serve(
 ) -> bool:
     """Serve until the first of `stops`. Whether all models were loaded before it."""
     processes = [Process(served.settings) for served in models]
-    front = Front(processes, door)
+    front = Front(processes, door, max_clients=_max_clients(len(models)))
+    asyncio.get_running_loop().set_exception_handler(_ear_for_lack_of_files(note))
     limits = {"ssl": tls, "ssl_handshake_timeout": HANDSHAKE_SECONDS} if tls else {}
     server = await asyncio.start_server(front.connected, sock=listener, backlog=BACKLOG, **limits)
     try:
@@ -113,7 +124,7 @@ async def _serve(
         await asyncio.gather(*(process.stop() for process in processes))
 
 
-async def _keep(process: Process, note: Callable[[str], None]) -> None:
+async def _keep(process: Process, note: Note) -> None:
     """Start the server of a model again whenever it ends. Raises UserError when it does not start."""
     while True:
         await process.ended()
@@ -143,6 +154,35 @@ async def _unless(stops: asyncio.Queue[None], work: Coroutine) -> bool:
     if is_done:
         done.result()
     return is_done
+
+
+def _max_clients(n_models: int) -> int:
+    """As many as this process may open two files each for, beside its own and those of its servers. It is let open as
+    many as it can be: macOS gives 256 to those who do not ask for more."""
+    if resource is None:
+        return MAX_CLIENTS
+    n_files, n_most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    n_own = _OWN_FILES + _FILES_OF_SERVER * n_models
+    wanted = n_own + 2 * MAX_CLIENTS
+    if 0 <= n_files < wanted:
+        n_files = wanted if n_most < 0 else min(wanted, n_most)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (n_files, n_most))
+    return MAX_CLIENTS if n_files < 0 else max(1, min(MAX_CLIENTS, (n_files - n_own) // 2))
+
+
+def _ear_for_lack_of_files(note: Note) -> Callable[[asyncio.AbstractEventLoop, dict[str, Any]], None]:
+    """An exception handler: connections that find no file wait, and asyncio would say so hundreds of times a second."""
+    said = -math.inf
+
+    def hear(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        nonlocal said
+        if getattr(context.get("exception"), "errno", None) not in (errno.EMFILE, errno.ENFILE):
+            loop.default_exception_handler(context)
+        elif loop.time() > said + _NOTE_SECONDS:
+            said = loop.time()
+            note("too many files are open: more connections wait; `ulimit -n` allows more")
+
+    return hear
 
 
 def _stops() -> asyncio.Queue[None]:

@@ -34,6 +34,7 @@ _TYPES = {
     404: "not_found_error",
     408: "timeout_error",
     413: "invalid_request_error",
+    414: "invalid_request_error",
     431: "invalid_request_error",
     501: "not_supported_error",
     502: "server_error",
