@@ -6,28 +6,28 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from moegguf.api import export, route
-    from moegguf.api.building import build, check, inspect
+    from moegguf.api.building import build, check, inspect, recipes
     from moegguf.api.calibrating import calibrate
     from moegguf.api.chatting import Chat, open
     from moegguf.api.editing import add, drop, merge, prune, set, split, swap
     from moegguf.api.measuring import eval, measure, train
-    from moegguf.api.running import Offload, RunOptions, bench, doctor, plan, serve, worker
+    from moegguf.api.running import Offload, Override, RunOptions, bench, doctor, plan, serve, worker
     from moegguf.errors import UserError
 
 __version__ = "0.1.0"
 __all__ = [
-    "Chat", "Offload", "RunOptions", "UserError", "add", "bench", "build", "calibrate", "check", "doctor", "drop",
-    "eval", "export", "inspect", "measure", "merge", "open", "plan", "prune", "route", "serve", "set", "split", "swap",
-    "train", "worker",
+    "Chat", "Offload", "Override", "RunOptions", "UserError", "add", "bench", "build", "calibrate", "check", "doctor",
+    "drop", "eval", "export", "inspect", "measure", "merge", "open", "plan", "prune", "recipes", "route", "serve",
+    "set", "split", "swap", "train", "worker",
 ]  # fmt: skip
 _MODULES = {
     "api": ("export", "route"),
-    "api.building": ("build", "check", "inspect"),
+    "api.building": ("build", "check", "inspect", "recipes"),
     "api.calibrating": ("calibrate",),
     "api.chatting": ("Chat", "open"),
     "api.editing": ("add", "drop", "merge", "prune", "set", "split", "swap"),
     "api.measuring": ("eval", "measure", "train"),
-    "api.running": ("Offload", "RunOptions", "bench", "doctor", "plan", "serve", "worker"),
+    "api.running": ("Offload", "Override", "RunOptions", "bench", "doctor", "plan", "serve", "worker"),
     "errors": ("UserError",),
 }
 """Where `__all__` is from. A name that its module lacks is that of a module in it."""
@@ -38,11 +38,13 @@ def __dir__() -> list[str]:
     return [*__all__, "__version__"]
 
 
-def __getattr__(name: str) -> object:
-    """What `__all__` names is imported when it is asked for: `import moegguf` costs nothing."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'moegguf' has no attribute {name!r}")
-    import importlib
+if not TYPE_CHECKING:  # who is told that any name may be there finds no misspelt one
 
-    home = f"moegguf.{_HOMES[name]}"
-    return getattr(importlib.import_module(home), name, None) or importlib.import_module(f"{home}.{name}")
+    def __getattr__(name: str) -> object:
+        """What `__all__` names is imported when it is asked for: `import moegguf` costs nothing."""
+        if name not in _HOMES:
+            raise AttributeError(f"module 'moegguf' has no attribute {name!r}")
+        import importlib
+
+        home = f"moegguf.{_HOMES[name]}"
+        return getattr(importlib.import_module(home), name, None) or importlib.import_module(f"{home}.{name}")

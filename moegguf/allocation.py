@@ -9,7 +9,7 @@ survey, and so that `moegguf.jobs.probing` can correct the influences in between
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil, prod
 
@@ -28,6 +28,7 @@ from moegguf.quant.sensitivity import Sensitivity, measure, measure_planned
 from moegguf.recipe import Budget
 from moegguf.sizes import show_size
 from moegguf.tensor import Planned
+from moegguf.watch import Progress, unheard
 from moegguf.writer import padded
 
 
@@ -67,7 +68,7 @@ class Allocation:
         return sum(self.losses.values())
 
 
-def survey(plan: Plan, *, threads: int, progress: Callable[[int], None] = lambda n: None) -> Survey:
+def survey(plan: Plan, *, threads: int, progress: Progress = unheard) -> Survey:
     """Measure the tensors of `plan` whose types nothing decides. Reads a sample of the weights of each.
 
     Raises UserError when every type is decided, and for weights that cannot be used.

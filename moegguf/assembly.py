@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from gguf import (
@@ -41,6 +41,7 @@ from moegguf.routers.file import read_router
 from moegguf.sources import OpenOptions, open_source
 from moegguf.sources.blob import sha256_of
 from moegguf.tensor import Expected, Form, Metadata, Planned
+from moegguf.watch import Progress, unheard
 from moegguf.writer import Requantised, data_bytes, header_bytes, write_gguf
 
 TAGS = ("moe", "merge", "moegguf")
@@ -52,12 +53,12 @@ class Plan:
 
     recipe: Recipe
     path: Path
-    mix: Mix
+    mix: Mix = field(repr=False)
     card: Card
-    form: Form
-    imatrix: Imatrix | None
-    planned: tuple[Planned, ...]
-    header: bytes
+    form: Form = field(repr=False)
+    imatrix: Imatrix | None = field(repr=False)
+    planned: tuple[Planned, ...] = field(repr=False)
+    header: bytes = field(repr=False)
 
     @property
     def n_bytes(self) -> int:
@@ -222,7 +223,7 @@ def open_mix(recipe: Recipe, *, router: Router | None = None, stream: bool = Fal
     return make_mix(recipe, lambda ref: open_source(ref, options), router_of)
 
 
-def build(plan: Plan, *, threads: int | None = None, progress: Callable[[int], None] = lambda n_bytes: None) -> Built:
+def build(plan: Plan, *, threads: int | None = None, progress: Progress = unheard) -> Built:
     """Write a plan. `progress` hears the bytes as they are verified and written, `plan.n_bytes_to_do` in all.
 
     Raises UserError for weights that cannot be used and when the disk is too small; then no file is left.
@@ -244,7 +245,7 @@ def build(plan: Plan, *, threads: int | None = None, progress: Callable[[int], N
     return Built(plan, written.n_bytes, time.monotonic() - start, written.requantised)
 
 
-def verify(files: Iterable[Expected], progress: Callable[[int], None]) -> None:
+def verify(files: Iterable[Expected], progress: Progress) -> None:
     """Raises UserError where a file is not what the store that it comes from says."""
     for file in files:
         if (found := sha256_of(file.path, progress)) != file.sha256:

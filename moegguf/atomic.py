@@ -1,9 +1,9 @@
 """A file that is either there whole or not there at all.
 
-Written under no name where the system can do that (O_TMPFILE on Linux: nothing is left even after kill -9),
-otherwise under a temporary name beside the target that holds the writer's process id; then synced and
-renamed. `remove_stale` deletes temporary files whose writer is gone. Of several files that belong together
-the first is named last: whoever finds it finds them all.
+Written under no name where the system can do that (O_TMPFILE on Linux: nothing is left even after kill -9), otherwise
+under a temporary name beside the target that holds the writer's process id; then synced and renamed. `remove_stale`
+deletes temporary files whose writer is gone. Of several files that belong together the first is named last: whoever
+finds it finds them all.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def check_writable(target: Path, overwrite: bool) -> None:
     """Raises UserError where no file can be written to `target`, or one is there that must not be replaced."""
     if target.is_dir():
         raise UserError(f"{target}: is a folder, expected a file name", "name a file in it")
-    if target.exists() and not overwrite:
+    if os.path.lexists(target) and not overwrite:  # also a link that leads nowhere
         raise UserError(f"{target}: exists already", "choose another name, or pass --force to replace it")
     if not target.parent.is_dir():
         raise UserError(
@@ -175,15 +175,9 @@ def _give_name(file: BufferedWriter, path: Path) -> None:
 
 
 def _is_running(pid: int) -> bool:
-    if os.name == "nt":  # os.kill would end the process there
-        return pid == os.getpid()
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
+    import psutil  # takes longer than all else that is imported here, and most commands find nothing to ask it
+
+    return psutil.pid_exists(pid)
 
 
 def _remove(path: Path) -> None:

@@ -12,6 +12,7 @@ import contextlib
 import importlib
 import io
 import os
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from typing import NoReturn, TextIO
@@ -58,6 +59,7 @@ Mix fine-tunes of one model into a Mixture of Experts: one GGUF file that stock 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns its exit code: 0 done, 1 a check failed, 2 a mistake to mend; 130 at Ctrl-C, 143 at
     SIGTERM, 141 where the reader of stdout left early, as in `| head -1`."""
+    is_process = argv is None
     argv = list(sys.argv[1:] if argv is None else argv)
     _open_closed_streams()
     if "_ARGCOMPLETE" in os.environ:
@@ -70,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     finally:
         _drop_unwritten()
+        if is_process and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # while Python ends, Ctrl-C ends it, without a traceback
 
 
 def _answer(argv: Sequence[str]) -> int:

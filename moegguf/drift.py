@@ -41,6 +41,9 @@ class Drift:
         """Of the dense model of mean weights from the mix, in nats: the order of magnitude."""
         return KLD_FACTOR * self.overall**4
 
+    def as_json(self) -> dict[str, object]:
+        return {"experts": dict(self.by_expert), "overall": self.overall, "estimated_kld": self.estimated_kld}
+
 
 def measure_drift(mix: Mix) -> Drift:
     """The drift of the experts of `mix`. Reads all rows of small models, a sample of large ones."""

@@ -76,7 +76,7 @@ def file_identity(header: Header) -> dict[str, object]:
     with open(header.path, "rb") as file:
         digest = sha256(file.read(n_header)).hexdigest()
     path = header.path.resolve()
-    return {"path": str(path), "size": header.file_size, "mtime": path.stat().st_mtime_ns, "header": digest}
+    return {"file": str(path), "bytes": header.file_size, "mtime": path.stat().st_mtime_ns, "header": digest}
 
 
 def is_gguf(path: Path) -> bool:

@@ -8,12 +8,13 @@ GGUF that is no mix of ours is inspected and checked as far as that makes sense.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 
 import numpy as np
+from gguf import LlamaFileType
 
 from moegguf.families import TensorName, stacked
 from moegguf.gguf_header import DEFAULT_ALIGNMENT, Header, TensorInfo, read_header, shards, whole
@@ -24,6 +25,7 @@ from moegguf.recipe import Layout, RouterMode, RouterSpec
 from moegguf.routers import FFN, digest, noise
 from moegguf.sources.blob import LocalFile
 from moegguf.tensor import largest
+from moegguf.watch import Progress, unheard
 
 GROUPS = (
     "embedding",
@@ -78,6 +80,46 @@ class Inspection:
     @property
     def bits_per_weight(self) -> float:
         return 8 * sum(group.n_bytes for group in self.groups) / max(1, self.n_weights)
+
+    @property
+    def quant(self) -> str:
+        """The preset that the file says it was made with, by llama.cpp's name."""
+        if self.file_type is None:
+            return "unknown"
+        try:
+            return LlamaFileType(self.file_type).name.removeprefix("MOSTLY_").removeprefix("ALL_")
+        except ValueError:
+            return f"file type {self.file_type}"
+
+    def as_json(self) -> dict[str, object]:
+        """All of it, as the command reports it."""
+        return {
+            "file": str(self.path),
+            "bytes": self.n_bytes,
+            "is_mix": self.card is not None,
+            "name": self.name,
+            "architecture": self.arch,
+            "quant": self.quant,
+            "bits_per_weight": round(self.bits_per_weight, 4),
+            "weights": self.n_weights,
+            "n_layer": self.n_layer,
+            "n_embd": self.n_embd,
+            "n_ctx": self.n_ctx,
+            "n_expert": self.n_expert,
+            "n_expert_used": self.n_expert_used,
+            "has_chat_template": self.has_chat_template,
+            "card": asdict(self.card) if self.card else None,
+            "groups": [
+                {
+                    "name": group.name,
+                    "types": group.types,
+                    "bits_per_weight": round(group.bits_per_weight, 4),
+                    "weights": group.n_weights,
+                    "bytes": group.n_bytes,
+                }
+                for group in self.groups
+            ],
+        }
 
 
 def inspect(path: Path) -> Inspection:
@@ -140,7 +182,7 @@ def _group_of(name: str) -> str:
     return "dense FFN" if role in ("ffn_gate", "ffn_up", "ffn_down") else "other"
 
 
-def check(path: Path, progress: Callable[[int], None] = lambda n_bytes: None) -> list[str]:
+def check(path: Path, progress: Progress = unheard) -> list[str]:
     """Everything that is wrong with `path`, in words; an empty list for a sound file.
 
     `progress` hears the bytes as they are read. Raises UserError when the header itself is damaged.
@@ -276,7 +318,7 @@ def _shape_faults(header: Header, bands: dict[str, Bands]) -> list[str]:
     ]
 
 
-def _data_faults(blob: LocalFile, info: TensorInfo, bands: Bands, progress: Callable[[int], None]) -> list[str]:
+def _data_faults(blob: LocalFile, info: TensorInfo, bands: Bands, progress: Progress) -> list[str]:
     """NaN or Inf in a tensor, and experts in it that hold only zeros."""
     if not bands.fit(info):
         bands = Bands.of(info)

@@ -5,7 +5,7 @@ an exception raised there is lost. Or it is the code that starts a thread, which
 such code runs, a signal is only noted.
 
 Which of such calls are under way, and since when, is known to all threads (`under_way`): where C waits for another
-machine it may wait without end, and then only who looks on can tell.
+machine it may wait without end, and then only an onlooker can tell.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import NoReturn
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM. Who puts things in order at Ctrl-C does so here; who goes on after Ctrl-C must not."""
+    """SIGTERM. Whoever puts things in order at Ctrl-C does so here; whoever goes on after Ctrl-C must not."""
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:

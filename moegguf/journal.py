@@ -44,8 +44,9 @@ class Patch:
 
 
 def journal_of(path: Path) -> Path:
-    """Where the journal of `path` is while it is being changed."""
-    return path.with_name(f".{path.name}.moegguf-journal")
+    """Where the journal of `path` is while it is being changed: beside the file itself, whatever links lead to it."""
+    file = Path(os.path.realpath(path))  # which, unlike resolve(), takes a link to itself as it is
+    return file.parent / f".{file.name}.moegguf-journal"
 
 
 @contextlib.contextmanager
@@ -83,6 +84,10 @@ def recover(path: Path) -> bool:
         return True
 
 
+UNDONE = "an interrupted change of it was undone"
+"""What to say of a file where `recover` put something back."""
+
+
 @contextlib.contextmanager
 def undoable(path: Path, file: BufferedRandom, spans: Sequence[Span]) -> Iterator[None]:
     """While the block runs, `spans` of `file`, which `locked` opened at `path`, may be overwritten.
@@ -90,7 +95,8 @@ def undoable(path: Path, file: BufferedRandom, spans: Sequence[Span]) -> Iterato
     All that the block wrote stays or, when it raises and after a crash, nothing. The spans must not overlap.
     Raises UserError when the disk has no room for the journal, and when it fails.
     """
-    check_space(path.parent, sum(span.n_bytes + _PIECE.size for span in spans), "the journal of this change")
+    n_bytes = sum(span.n_bytes + _PIECE.size for span in spans)
+    check_space(journal_of(path).parent, n_bytes, "the journal of this change")
     try:
         with atomic_file(journal_of(path)) as journal:
             journal.write(_MAGIC)

@@ -24,6 +24,16 @@ def parse_size(text: str) -> int:
     return n_bytes
 
 
+def size_of(flag: str, size: int | str) -> int:
+    """Bytes of a size that was given as `flag`: a number of them, or what `parse_size` takes. Raises UserError."""
+    if isinstance(size, int) and size > 0:
+        return size
+    try:
+        return parse_size(str(size))
+    except UserError as error:
+        raise UserError(f"{flag} {error.message}", error.mend) from error
+
+
 def show_size(n_bytes: int, *, up: bool = False) -> str:
     """In GB, MB or kB with two decimals, or in bytes; `up` rounds up, for a size that is to be enough."""
     unit, name = next(((unit, name) for unit, name in _SHOWN if n_bytes >= unit), (1, "B"))

@@ -11,7 +11,6 @@ blocks hold other neurons, more alike in importance, than they did.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -28,6 +27,7 @@ from moegguf.quant.sensitivity import Sensitivity, measure_types
 from moegguf.quant.split import Energies, Split, fine_sizes, split_neurons, weights
 from moegguf.recipe import Budget, Splitting
 from moegguf.tensor import Slot
+from moegguf.watch import Progress, unheard
 
 
 def fine_widths(plan: Plan) -> list[int]:
@@ -36,9 +36,7 @@ def fine_widths(plan: Plan) -> list[int]:
     return [] if by is Splitting.NONE else fine_sizes(len(plan.mix.experts), int(n_ff), by)
 
 
-def allocate_split(
-    found: Survey, limit: Budget, *, threads: int, progress: Callable[[int], None] = lambda n: None
-) -> Allocation:
+def allocate_split(found: Survey, limit: Budget, *, threads: int, progress: Progress = unheard) -> Allocation:
     """The allocation of least predicted loss within `limit`: of the splits that the recipe asks for, and where it
     leaves that open, of none as well. `found` is a survey of the mix in layout fused. `progress` hears of each split.
 

@@ -212,10 +212,10 @@ def from_here(ref: str | None) -> str | None:
     return str(path.absolute()) if ref and path.exists() else ref
 
 
-def named_ref(spec: str, folder: Path = Path()) -> tuple[str, str]:
+def named_ref(spec: str) -> tuple[str, str]:
     """(name, reference) of `NAME=REF` or `REF`, which has the name of its file, or of its demo domain."""
     name, equals, ref = spec.partition("=")
-    if equals and not resolve(spec, folder).exists():
+    if equals and not resolve(spec, Path()).exists():
         return name, ref
     if spec.startswith("demo:"):
         return spec.removeprefix("demo:").partition("#")[0].removesuffix("/heldout"), spec

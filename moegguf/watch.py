@@ -13,13 +13,23 @@ class Step(Protocol):
     def has(self, n_parts: int) -> None:
         """It is known how many parts there are to do."""
 
-    def did(self, n_parts: int) -> None: ...
+    def did(self, n_parts: int) -> None:
+        """So many more of them are done."""
 
-    def says(self, what: str) -> None: ...
+    def says(self, what: str) -> None:
+        """What it is at now."""
 
 
 Watch = Callable[[str, str], AbstractContextManager[Step]]
 """Is given the name of each step, and what it counts ("bytes", "tokens"); open while it runs."""
+
+
+Progress = Callable[[int], None]
+"""Hears how many parts have just been done: bytes, tokens, tensors."""
+
+
+def unheard(n_parts: int) -> None:
+    """A progress that tells nobody."""
 
 
 class _Unwatched:

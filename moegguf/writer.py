@@ -30,14 +30,12 @@ from moegguf.journal import Span
 from moegguf.quant import ggml
 from moegguf.quant.rows import Requantised, make_rows
 from moegguf.tensor import Metadata, Part, Planned, row_bytes
+from moegguf.watch import Progress
 
 ALIGNMENT = 32
 CHUNK_WEIGHTS = 1 << 20
 """Weights of a chunk: 4 MiB as float32. Large enough to forget the cost of a call, small enough for any laptop."""
 CHUNKS_PER_THREAD = 3
-
-Progress = Callable[[int], None]
-"""Hears how many bytes have just been written."""
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def test_a_benchmark_runs_the_lengths_that_the_command_runs(model, capsys):
 
     def shape(speeds: dict) -> list:
         return [
-            (each["path"], each["touched_bytes_per_token"], [rate["n_tokens"] for rate in each["generations"]])
+            (each["file"], each["touched_bytes_per_token"], [rate["tokens"] for rate in each["generations"]])
             for each in speeds["models"]
         ]
 
@@ -95,6 +95,7 @@ MISTAKES = {
     "bench(5)": lambda model: moegguf.bench(5),
     "a length": lambda model: moegguf.bench(model, prompt="long"),
     "no lengths": lambda model: moegguf.bench(model, prompt=0, generate=0),
+    "a context that its lengths exceed": lambda model: moegguf.bench(model, options=moegguf.RunOptions(ctx=16)),
     "open(5)": lambda model: moegguf.open(5),
     "a system text": lambda model: moegguf.open(model, system=5),
     "options": lambda model: moegguf.open(model, options={"ctx": 512}),
@@ -103,6 +104,10 @@ MISTAKES = {
     "a cache type": lambda model: moegguf.RunOptions(kv_type="q8_0"),
     "one worker": lambda model: moegguf.Offload(workers="127.0.0.1:1"),
     "no worker": lambda model: moegguf.open(model, options=moegguf.RunOptions(offload=moegguf.Offload(workers=("x",)))),
+    "no such device": lambda model: moegguf.Offload(main_gpu=-1),
+    "shares of nothing": lambda model: moegguf.Offload(tensor_split=(0, float("nan"))),
+    "half a pattern": lambda model: moegguf.Override("(", "CPU"),
+    "no models": lambda model: moegguf.serve({}).__enter__(),
     "serve(5)": lambda model: moegguf.serve(5).__enter__(),
     "a host": lambda model: moegguf.serve(model, host=5).__enter__(),
     "a port": lambda model: moegguf.serve(model, port="http").__enter__(),

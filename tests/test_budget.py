@@ -6,6 +6,8 @@ import itertools
 import json
 import random
 import re
+import threading
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -391,6 +393,27 @@ def test_the_error_of_each_expert_is_that_of_its_types_alone(family, tmp_path: P
     assert 0 < 10 * fine < min(coarse)
 
 
+def test_who_stops_waiting_for_a_measurement_need_not_wait_for_all_types_of_a_tensor(family, tmp_path, monkeypatch):
+    tiny = family("llama3_like")
+    plan = plan_build(make_recipe(tmp_path / "m.gguf", tiny.base, [{"source": e} for e in tiny.experts]))
+    quantise, is_over, late = ggml.quantise, threading.Event(), []
+
+    def slowly(*args):
+        if is_over.is_set():
+            late.append(args[0])
+            time.sleep(0.02)
+        return quantise(*args)
+
+    def interrupt(_):
+        is_over.set()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ggml, "quantise", slowly)
+    with pytest.raises(KeyboardInterrupt):
+        measure([tensor.slot for tensor in plan.planned if tensor.slot.preset], plan.mix, threads=1, progress=interrupt)
+    assert len(late) <= 2
+
+
 def test_a_build_of_two_precisions_says_what_each_expert_loses(tmp_path: Path, capsys):
     (tmp_path / "r.toml").write_text(
         '[mix.two]\nbase = "demo:base"\nlayout = "shared"\nexperts = ['
@@ -422,6 +445,7 @@ def test_a_build_of_two_precisions_says_what_each_expert_loses(tmp_path: Path, c
     (("--fit", "RAM=9MB", "--ctx", "0"), "--ctx 0: expected a whole number from 1"),
     (("--ctx", "9"), "--ctx goes with --fit"),
     (("--save-plan", "p.json"), "--save-plan goes with --budget"),
+    (("--budget", "3MB", "--save-plan", "m.gguf"), "m.gguf: is to be both plan and mix"),
     (("--plan", "none.json"), "none.json: cannot be read"),
     (("--budget", "3MB", "--quant-role", "attn=Q8_0", "--quant-role", "embed=Q8_0", "--quant-role", "experts=Q8_0"),
      "decides the type of every tensor"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -280,6 +281,18 @@ def test_sigterm_ends_a_chat_that_waits(build):
         os.close(terminal)
         os.close(stdin)
     assert (process.returncode, err) == (143, b"moegguf: terminated\n")
+
+
+def test_ctrl_c_while_python_ends_is_no_traceback():
+    code = """
+import atexit, signal, sys
+from moegguf.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)
+atexit.register(signal.raise_signal, signal.SIGINT)
+sys.exit(main())
+"""
+    done = subprocess.run([sys.executable, "-c", code, "recipes"], cwd=ROOT, capture_output=True)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, b"")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="shells there close no streams")

@@ -366,7 +366,7 @@ def test_widths_that_are_not_those_of_the_card_are_found(tmp_path: Path):
         (["demo", "--compact", "kld=small"], "--compact small: is no number"),
         (["demo", "--compact", "ppl=1"], "compact: found {'ppl': 1.0}, allowed { size = "),
         (["--base", "demo:base", "--expert", "a=demo:math", "--expert", "b=demo:clinic", "--compact", "kld=0.01"],
-         "compact = { max_kld = 0.01 } takes text to judge merges by, and there is none; pass --domain a=TEXT"),
+         "compact = { max_kld = 0.01 } takes text to judge merges by, and there is none; pass --domain a=FILE"),
         (["--base", "demo:base", "--expert", "a=demo:math", "--expert", "b=demo:clinic", "--compact", "1.5x"],
          "compact = 1.5x takes text"),
         (["demo", "--compact", "1.5x", "--domain", "math=demo:math#1"], "single chunk"),

@@ -216,7 +216,10 @@ def test_a_swap_killed_after_any_write_is_undone_by_the_next_command(
     form: str, models, newcomer: Path, tmp_path: Path, monkeypatch, capsys
 ):
     mix = built(tmp_path / "mix.gguf", models, quant="F32", **FORMS[form])
-    before, change = mix.read_bytes(), plan_swap(read_mix(mix), {"e1": str(newcomer)})
+    link = tmp_path / "elsewhere" / "link.gguf"
+    link.parent.mkdir()
+    link.symlink_to(mix)
+    before, change = mix.read_bytes(), plan_swap(read_mix(link), {"e1": str(newcomer)})
     spans = [span for chunk in change.chunks() for span in chunk.spans]
     pwrite, write, n_done = os.pwrite, change_module.write, 0
 
@@ -237,13 +240,14 @@ def test_a_swap_killed_after_any_write_is_undone_by_the_next_command(
         monkeypatch.undo()
         assert journal_of(mix).exists()
         assert "was interrupted" in refuse(capsys, "inspect", mix)
+        assert "was interrupted" in refuse(capsys, "inspect", link)
         if nth % 2:
             assert main(["set", str(mix), "--recover"]) == 0
         else:
             assert main(["set", str(mix), "--name", "mix"]) == 0  # any other change puts it back first
         capsys.readouterr()
         assert mix.read_bytes() == before
-        assert [path.name for path in tmp_path.iterdir()] == ["mix.gguf"]
+        assert {path.name for path in tmp_path.iterdir()} == {"mix.gguf", "elsewhere"}
     assert in_a_child(lambda: write_in_place(change)) == 0
     assert mix.read_bytes() != before
 

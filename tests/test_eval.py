@@ -307,7 +307,7 @@ def test_mistakes_in_python_are_user_errors(demo, tmp_path):
         (5, {}, r"models 5: expected a path"),
         ([], {}, "models: none are given"),
         (demo["base"], {"tasks": 7}, "tasks 7: expected a path"),
-        (demo["base"], {"ctx": "long"}, "--ctx long: expected a whole number"),
+        (demo["base"], {"ctx": "long"}, "ctx 'long': expected int"),
         (demo["base"], {"limit": 0}, "--limit 0: expected a whole number"),
         (demo["base"], {"engine": "jax"}, "the engines are llama, torch"),
         (demo["base"], {"tasks": ()}, "nothing to measure"),

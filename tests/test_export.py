@@ -276,7 +276,7 @@ def test_settings_of_another_form_are_told_before_anything_is_linked(mix: Path, 
 
 def test_a_model_without_stacked_experts_gets_no_number(mix: Path, models: Path, capsys):
     write_gguf(mix, saying("xyz"))
-    assert json.loads(run(capsys, "lmstudio", mix, "--json"))["experts"] is None
+    assert json.loads(run(capsys, "lmstudio", mix, "--json"))["k"] is None
     assert not (models.parent / ".internal").exists()
 
 
@@ -322,7 +322,7 @@ def test_from_python_lm_studio_gets_what_the_command_gives_it(mix: Path, models:
     made = moegguf.export.lmstudio(mix, publisher="me", name="its name")
     said = json.loads(run(capsys, "lmstudio", mix, "--publisher", "me", "--name", "its name", "--json"))
     assert {str(target) for target in made.files} == set(said["files"]) == {said["file"]}
-    assert (made.n_bytes, made.n_experts, str(made.settings)) == (said["bytes"], said["experts"], said["settings"])
+    assert (made.n_bytes, made.n_experts, str(made.settings)) == (said["bytes"], said["k"], said["settings"])
     assert set(said["files"].values()) == {"there already"}
     for given in ({"publisher": 5}, {"name": 5}, {"output": 5}):
         with pytest.raises(UserError, match="expected"):

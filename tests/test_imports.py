@@ -23,8 +23,8 @@ RUNTIME = ("runtime",)
 MEASURE = ("measurement",)
 """Numbers and pictures of what was run; knows neither side."""
 COMMON = (
-    "__init__", "atomic", "checks", "errors", "gguf_header", "interrupt", "journal", "leaving", "metadata", "sizes",
-    "squares", "stores", "texts", "watch",
+    "__init__", "atomic", "checks", "errors", "gguf_header", "interrupt", "journal", "kinds", "leaving", "metadata",
+    "sizes", "squares", "stores", "texts", "watch",
 )  # fmt: skip
 """What both sides use."""
 JOBS = ("jobs",)

@@ -413,6 +413,17 @@ def test_another_router_mode_drops_the_parameters_of_the_old_one(loaded):
     assert loaded(router="gateless").router == RouterSpec(RouterMode.GATELESS, 3)
 
 
+def test_experts_of_flags_replace_those_of_the_recipe_and_leave_the_texts_of_the_others(tmp_path):
+    path = tmp_path / "r.toml"
+    path.write_text(
+        '[mix.m]\nbase = "b"\nexperts = [{name = "x", source = "x"}, {name = "y", source = "y"}]\n'
+        'domains = {x = "x.txt", y = "y.txt"}\n'
+    )
+    experts = [{"name": "y", "source": "other"}, {"name": "z", "source": "z"}]
+    recipe = load_recipe("m", path, {"experts": experts})
+    assert (recipe.expert_names, recipe.domains) == (("y", "z"), {"y": ("y.txt",)})
+
+
 def test_a_flag_of_the_quant_changes_that_alone(loaded):
     assert (loaded(quant="Q8_0").quant.preset, loaded(quant="Q8_0").quant.roles) == ("Q8_0", {Role.ATTN: Type.Q8_0})
     roles = {"attn": "F16", "embed": "F32"}

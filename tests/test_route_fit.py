@@ -18,7 +18,8 @@ from conftest import build_dense, build_mix, make_recipe, read_tensors, rewrite
 from moegguf.cli import main
 from moegguf.demo.text import DOMAINS
 from moegguf.gguf_header import read_header
-from moegguf.jobs.fitting import FitOptions, dense_model, plan_fit, read_texts
+from moegguf.jobs.dense import dense_model
+from moegguf.jobs.fitting import FitOptions, plan_fit, read_texts
 from moegguf.recipe import Recipe, RouterMode
 from moegguf.routers import FFN, Router
 from moegguf.routers.file import read_router
@@ -290,7 +291,7 @@ def test_no_more_text_is_taken_than_asked_for(base, tmp_path):
 @pytest.mark.parametrize("trunk", ["base", "mean"])
 def test_what_a_fit_runs_on_before_there_is_a_mix_is_gone_afterwards(tmp_path, trunk):
     recipe = demo_recipe(tmp_path / "mix.gguf", trunk=trunk)
-    (tmp_path / ".moegguf-fit.99999999.left").mkdir()  # by a fit that was killed
+    (tmp_path / ".moegguf-dense.99999999.left").mkdir()  # by a fit that was killed
     with pytest.raises(KeyboardInterrupt), dense_model(recipe) as path:
         header = read_header(path)
         assert path.parent.parent == tmp_path
@@ -385,6 +386,8 @@ def test_empty_and_missing_text_is_refused_all_at_once(refused, mix, tmp_path):
         (("--max-tokens", 0), "--max-tokens 0: expected a whole number from 1 to"),
         (("--holdout", 1), "--holdout 1.0: expected a share from 0 to 0.9"),
         (("-o", "router.gguf"), "ends in .safetensors"),
+        (("-o", "both.safetensors", "--statistics", "both.safetensors"), "is to be both router and statistics"),
+        (("--statistics", "no/such/folder.safetensors"), "no/such: no such folder to write folder.safetensors to"),
         (("-o", "/no/such/folder/r.safetensors"), "no such folder"),
         (("demo-noisy", "--base-gguf", "x.gguf"), "not allowed with argument"),
     ],

@@ -337,7 +337,7 @@ def test_a_pipe_gets_plain_numbers_and_json_alone_when_asked(noisy, text, capsys
     assert [abs(sum(map(int, row)) - total) <= 1 for row, total in zip(rows, [100] * 3 + [200] * 3, strict=True)]
     assert run_map(noisy, "--text", f"d={text}", "--json") == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["file"] == "noisy.gguf"
+    assert report["file"] == str(noisy)
     assert report == moegguf.route.map(noisy, text={"d": text}, threads=1).as_json()
     assert capsys.readouterr() == ("", "")
 
@@ -454,6 +454,11 @@ def test_mistakes_are_told_in_one_line(noisy, text, tmp_path, monkeypatch, capsy
     error = capsys.readouterr().err
     assert says in error
     assert error.count("\n") == 1
+
+
+def test_in_a_pipe_no_name_is_cut(noisy, text, capsys):
+    assert run_map(noisy, "--text", f"{'d' * 60}={text}", "--max-tokens", 64) == 0
+    assert capsys.readouterr().out.splitlines().count("d" * 60) == 2  # over each of the two maps
 
 
 def test_logits_in_place_of_probabilities_are_recognised():

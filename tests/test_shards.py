@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,17 @@ def test_parts_are_named_and_numbered_as_llama_cpp_has_it_and_none_is_too_large(
             "split.tensors.count": (n_tensors, "INT32"),
         }
     assert {name: tensor for part in parts for name, tensor in read_tensors(part).items()} == read_tensors(mix)
+
+
+@pytest.mark.parametrize("name", ["-my mix", "it's $HOME"])
+def test_the_line_that_puts_parts_together_again_can_be_copied(name: str, mix: Path, built, monkeypatch, capsys):
+    monkeypatch.chdir(mix.parent)
+    mix.rename(f"{name}.gguf")
+    assert main(["split", f"./{name}.gguf", "--max-size", SIZE]) == 0
+    line = capsys.readouterr().out.partition("together: ")[2].replace("FILE", "again.gguf")
+    program, *argv = shlex.split(line)
+    assert program == "moegguf" and main(argv) == 0
+    assert Path("again.gguf").read_bytes() == built
 
 
 def test_stock_llama_cpp_opens_the_first_part(mix: Path):

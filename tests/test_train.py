@@ -604,10 +604,13 @@ def test_python_gives_what_the_command_gives(recipes, tmp_path, capsys):
 
 def test_mistakes_in_python_are_user_errors_found_together(recipes, tmp_path):
     with pytest.raises(UserError) as error:
-        moegguf.train("plain", recipes=recipes, lr="high", seed=None, batch=1.5, variant="all", device="tpu")
+        moegguf.train("plain", recipes=recipes, lr=-1, batch=0, variant="all", device="tpu")
     assert [fault.message.partition(":")[0] for fault in error.value.faults] == [
-        "--batch 1.5", "--lr high", "--seed None", "--variant all", "--device tpu"
+        "--batch 0", "--lr -1", "--variant all", "--device tpu"
     ]  # fmt: skip
+    with pytest.raises(UserError) as error:
+        moegguf.train("plain", recipes=recipes, lr="high", seed=None, batch=1.5)
+    assert [fault.message.partition(":")[0] for fault in error.value.faults] == ["lr 'high'", "seed None", "batch 1.5"]
     with pytest.raises(UserError, match=r"recipe 5: expected"):
         moegguf.train(5)
     with pytest.raises(UserError, match=r"data 5: expected"):

@@ -11,5 +11,5 @@
 Names are those of the commands, and commands of two words have their module: `moegguf.route.fit`. Paths may be strings
 or `Path`s. How a file is run (context, threads, cache) is said by `moegguf.RunOptions`, and what goes on which device
 by its `offload`, a `moegguf.Offload`. Mistakes raise UserError, whose text says how to mend them. Nothing is printed:
-who wants to hear of progress passes a `watch` (`moegguf.watch`).
+whoever wants to hear of progress passes a `watch` (`moegguf.watch`).
 """

@@ -1,13 +1,14 @@
-"""`moegguf.build`, `inspect` and `check`: mixes written, and read back."""
+"""`moegguf.recipes`, `build`, `inspect` and `check`: mixes described, written, and read back."""
 
 from __future__ import annotations
 
 import os
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moegguf.api.paths import Location, maybe_path, to_path, to_text
+from moegguf.api.paths import Location, maybe_path, to_path, to_ref
 from moegguf.checks import check_threads
 from moegguf.errors import UserError
 from moegguf.estimate import parse_fit, with_budget_of
@@ -16,10 +17,18 @@ from moegguf.inspection import check as check_file
 from moegguf.inspection import inspect as inspect_file
 from moegguf.jobs.build_report import BuildReport, describe, finish
 from moegguf.jobs.preparation import BuildOptions, prepare
-from moegguf.recipe import Recipe, find_recipes_file, load_recipe, parse_recipe
+from moegguf.kinds import checked
+from moegguf.recipe import Recipe, load_recipe, load_recipes, parse_recipe
 from moegguf.watch import Watch, unwatched
 
 
+@checked
+def recipes(recipes: Location | None = None) -> list[Recipe]:
+    """The mixes that the file `recipes` offers (default: moegguf's models.toml). Raises UserError for a faulty one."""
+    return load_recipes(maybe_path("recipes", recipes))
+
+
+@checked
 def build(
     recipe: str | Mapping[str, Any],
     *,
@@ -41,19 +50,20 @@ def build(
     `recipe` is the name of a recipe in the file `recipes` (default: moegguf's models.toml), or a table of the keys that
     a recipe has; `keys` are put on top of it: build("demo", quant="Q6_K", output="mix.gguf"). Paths in a table are
     relative to the working directory. The others are flags of the command; with `dry_run` nothing is written.
+    Raises UserError.
     """
     check_threads(threads)
-    memory = parse_fit(fit, ctx) if fit else None
+    memory = None if fit is None else parse_fit(fit, ctx)
     if memory:
         quant = keys.get("quant") or {}
         keys["quant"] = with_budget_of(memory, quant if isinstance(quant, Mapping) else {"preset": quant})
     elif ctx is not None:
         raise UserError("ctx goes with fit: it says for how many tokens there is to be room", "leave it out")
-    parsed = _parsed(recipe, maybe_path("recipes", recipes), _texts(keys))
+    parsed = _parsed(recipe, maybe_path("recipes", recipes), _plain("keys", keys))
     options = BuildOptions(
         threads=threads,
         stream=stream,
-        pre=None if pre is None else to_text("pre", pre),
+        pre=pre,
         overwrite=overwrite,
         fit=memory,
         probe=probe,
@@ -66,23 +76,32 @@ def build(
 
 def _parsed(recipe: str | Mapping[str, Any], recipes: Path | None, keys: dict[str, Any]) -> Recipe:
     if isinstance(recipe, str):
-        return load_recipe(recipe, recipes or find_recipes_file(), keys)
-    if not isinstance(recipe, Mapping):
-        raise UserError(f"recipe {recipe!r}: expected the name of one, or a table of its keys", "for example 'demo'")
-    table = {**_texts(recipe), **keys}
+        return load_recipe(recipe, recipes, keys)
+    table = {**_plain("recipe", recipe), **keys}
     name = Path(str(table.get("output") or "mix.gguf")).stem
     return parse_recipe(name, table, where="recipe:", folder=Path())
 
 
-def _texts(keys: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: os.fspath(value) if isinstance(value, os.PathLike) else value for key, value in keys.items()}
+def _plain(name: str, value: Any) -> Any:
+    """`value`, given as `name`, of the kinds that TOML has. Raises UserError for others."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(f"{name}.{key}", each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(name, each) for each in value]
+    if isinstance(value, os.PathLike):
+        return to_ref(name, value)
+    if not isinstance(value, str | int | float | None):
+        raise UserError(f"{name} {reprlib.repr(value)}: expected a text, a number, a list or a table", "mend it")
+    return value
 
 
+@checked
 def inspect(path: Location) -> Inspection:
-    """What is in a GGUF, read from its header."""
+    """What is in a GGUF, read from its header. Raises UserError."""
     return inspect_file(to_path("path", path))
 
 
+@checked
 def check(path: Location) -> list[str]:
-    """Every fault of a mix that reading all of it finds; none for a sound one."""
+    """Every fault of a mix that reading all of it finds; none for a sound one. Raises UserError."""
     return check_file(to_path("path", path))

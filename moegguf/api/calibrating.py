@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 
-from moegguf.api.paths import Location, Locations, maybe_path, to_ref, to_refs
+from moegguf.api.paths import NO_FILES, Location, Locations, maybe_path, to_ref, to_refs
 from moegguf.errors import UserError
 from moegguf.jobs.calibration import MAX_TOKENS, CalibrationOptions
 from moegguf.jobs.imatrices import (
@@ -20,17 +19,19 @@ from moegguf.jobs.imatrices import (
     kind_of,
     refs_with,
 )
-from moegguf.recipe import find_recipes_file, load_recipe
+from moegguf.kinds import checked
+from moegguf.recipe import load_recipe
 from moegguf.runtime.offload import WHAT_FITS, Offload
 from moegguf.watch import Watch, unwatched
 
 
+@checked
 def calibrate(
     model: Location,
     *,
     base: Location | None = None,
     recipes: Location | None = None,
-    text: Locations = MappingProxyType({}),
+    text: Locations = NO_FILES,
     domains: str | None = None,
     max_tokens: int = MAX_TOKENS,
     chunk: int | None = None,
@@ -46,7 +47,7 @@ def calibrate(
     """Importance matrices of a .gguf file, of an expert's source, or of the experts of a recipe, by its name.
 
     As `moegguf calibrate` makes them: a file that is there is extended, unless `fresh`; `output` is a folder for a
-    recipe. `domains` is the name of a recipe whose texts are taken beside those of `text`.
+    recipe. `domains` is the name of a recipe whose texts are taken beside those of `text`. Raises UserError.
     """
     name, refs, recipes = to_ref("model", model), to_refs("text", text), maybe_path("recipes", recipes)
     options = CalibrationOptions(chunk, max_tokens, fresh, process_output, threads, offload)
@@ -54,7 +55,7 @@ def calibrate(
     trunk = None if base is None else to_ref("base", base)
     _check(name, kind, {"--split": split, "--base": base, "--pre": pre, "--domains": domains})
     if kind is Kind.RECIPE:
-        recipe = load_recipe(name, recipes or find_recipes_file(), {})
+        recipe = load_recipe(name, recipes)
         return calibrate_recipe(recipe, refs, target or FOLDER, options, pre=pre, watch=watch)
     refs = refs_with(refs, domains, recipes)
     if kind is Kind.MODEL:

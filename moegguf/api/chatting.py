@@ -6,21 +6,20 @@ from collections.abc import Iterator, Mapping
 
 from moegguf.api.paths import Location, to_path
 from moegguf.errors import UserError
+from moegguf.kinds import checked
 from moegguf.runtime.chat import Conversation, Stats, Turn
 from moegguf.runtime.model import Model, open_model
-from moegguf.runtime.run_options import DEFAULT_OPTIONS, RunOptions, check_options
+from moegguf.runtime.run_options import DEFAULT_OPTIONS, RunOptions
 from moegguf.runtime.sampling import SETTINGS, suggested_by_file
 
 
+@checked
 def open(path: Location, *, system: str = "", options: RunOptions = DEFAULT_OPTIONS, **sampling: float | None) -> Chat:
     """Load a GGUF to talk to, as `moegguf chat` does. Close it, or use it as a context manager.
 
     `system` says in words how it is to behave; `sampling` are the settings of `moegguf chat`, such as temp=0 or
-    max_tokens=100, in place of what the file suggests.
+    max_tokens=100, in place of what the file suggests. Raises UserError.
     """
-    check_options(options)
-    if not isinstance(system, str):
-        raise UserError(f"system {system!r}: expected a text", "leave it out for none")
     if unknown := [name for name in sampling if name not in SETTINGS]:
         raise UserError(f"there is no setting {unknown[0]!r}", f"the settings are {', '.join(SETTINGS)}")
     model = open_model(to_path("path", path), options)

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from moegguf.api.paths import Location, Locations, maybe_path, to_list, to_named, to_path, to_ref
+from moegguf.api.paths import Location, Texts, maybe_path, to_list, to_named, to_path, to_ref
 from moegguf.errors import UserError
-from moegguf.jobs.comparing import MAX_TOKENS, Measurement, MeasureOptions, plan_measurement, run_measurement, texts_of
 from moegguf.jobs.engines import LLAMA, by_name
 from moegguf.jobs.evaluation import EvalOptions, Evaluation, plan_evaluation, run_benchmarks, run_evaluation, tasks_of
+from moegguf.jobs.measuring import MAX_TOKENS, Measurement, MeasureOptions, plan_measurement, run_measurement, texts_of
 from moegguf.jobs.training import (
     DEFAULT_OUTPUT,
     TrainFiles,
@@ -22,14 +22,15 @@ from moegguf.jobs.training import (
     plan_training,
     run_training,
 )
+from moegguf.kinds import checked
 from moegguf.measurement.harness import Benchmarks
 from moegguf.runtime.offload import WHAT_FITS, Offload
 from moegguf.watch import Watch, unwatched
 
 Models = Location | Sequence[Location] | Mapping[str, Location]
-Texts = Location | Sequence[Location] | Locations
 
 
+@checked
 def eval(
     models: Models,
     *,
@@ -51,17 +52,19 @@ def eval(
     """How well models do on tasks, side by side, as `moegguf eval` says; `draw` of what comes back makes its chart.
 
     `domains` is the name of a recipe whose texts are tasks, `harness` names benchmarks of lm-evaluation-harness. With
-    engine "torch", models are names of recipes in the file `recipes`.
+    engine "torch", models are names of recipes in the file `recipes`. Raises UserError.
     """
     file = maybe_path("recipes", recipes)
     options = EvalOptions(engine, file, max_tokens, ctx, threads, offload, maybe_path("cache", cache), fresh)
     asked = tasks_of(to_named("tasks", tasks), domains=domains, recipes=file, limit=limit)
     names = ",".join(to_list("harness", harness))
-    benchmarks = Benchmarks(names, maybe_path("harness_path", harness_path), limit) if names else None
+    harness_file = maybe_path("harness_path", harness_path)
+    benchmarks = Benchmarks(names, harness_file, limit) if names else None
     plan = plan_evaluation(_models(models), asked, options, benchmarks=benchmarks)
     return run_benchmarks(plan, run_evaluation(plan, watch))
 
 
+@checked
 def measure(
     models: Models,
     against: Location,
@@ -82,6 +85,7 @@ def measure(
 
     The reference's logits are kept in the file `reference_logits`, or in one of the folder `cache`, for the next call;
     not `keep` runs both models at once. `domains` is the name of a recipe whose texts are taken beside those of `text`.
+    Raises UserError.
     """
     options = MeasureOptions(
         chunk, max_tokens, threads, offload, maybe_path("cache", cache),
@@ -92,6 +96,7 @@ def measure(
     return run_measurement(plan_measurement(paths, to_path("against", against), texts, options), watch)
 
 
+@checked
 def train(
     recipe: str,
     *,
@@ -125,10 +130,11 @@ def train(
     """Learn the router of a recipe's mix from text, as `moegguf train` does, and write it to `output`.
 
     `data` are texts or data sets; without any, the recipe's own domains. `should_stop` is asked after every step: a run
-    that stops is saved first, and the same call with `resume` goes on from there.
+    that stops is saved first, and the same call with `resume` goes on from there. Raises UserError.
     """
+    begin = None if start is None else to_ref("start", start)
     options = TrainOptions(
-        seq, variant, start and to_ref("start", start), k, epochs, max_steps, batch, accumulate, lr, schedule, balance,
+        seq, variant, begin, k, epochs, max_steps, batch, accumulate, lr, schedule, balance,
         seed, device, dtype, gradient_checkpointing, threads, save_steps,
     )  # fmt: skip
     files = TrainFiles(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from moegguf.errors import UserError
 from moegguf.texts import named_ref
@@ -12,6 +14,9 @@ from moegguf.texts import named_ref
 Location = str | os.PathLike[str]
 Locations = Mapping[str, Location | Sequence[Location]]
 """Name → a file, or several."""
+Texts = Location | Sequence[Location] | Locations
+"""Files, which are called as a mapping says, or else like themselves."""
+NO_FILES: Locations = MappingProxyType({})
 
 
 def to_path(name: str, value: Location) -> Path:
@@ -25,22 +30,19 @@ def maybe_path(name: str, value: Location | None) -> Path | None:
 
 def to_ref(name: str, value: object) -> str:
     """`value`, which was given as `name`, as a reference: a path, or what else names a model. Raises UserError."""
-    if not isinstance(value, str | os.PathLike):
-        raise UserError(f"{name} {value!r}: expected a path", "pass a string or a pathlib.Path")
-    return os.fspath(value)
-
-
-def to_text(name: str, value: object) -> str:
-    """`value`, which was given as `name`. Raises UserError where it is no text."""
-    if not isinstance(value, str):
-        raise UserError(f"{name} {value!r}: expected a text", "pass a string")
-    return value
+    if not isinstance(value, str | os.PathLike) or not isinstance(path := os.fspath(value), str):
+        raise UserError(f"{name} {reprlib.repr(value)}: expected a path", "pass a string or a pathlib.Path")
+    if not path or "\0" in path:
+        raise UserError(f"{name} {path!r}: nothing is called so", "pass the path of a file")
+    return path
 
 
 def to_refs(name: str, files: Locations) -> dict[str, list[str]]:
     """Name → references. Raises UserError for what is no such mapping, given as `name`."""
     if not isinstance(files, Mapping):
-        raise UserError(f"{name} {files!r}: expected a mapping of names to files", f"for example {name}={{'math': …}}")
+        raise UserError(
+            f"{name} {reprlib.repr(files)}: expected a mapping of names to files", f"for example {name}={{'math': …}}"
+        )
     return {str(key): to_list(name, some) for key, some in files.items()}
 
 
@@ -49,7 +51,7 @@ def to_list(name: str, files: Location | Sequence[Location]) -> list[str]:
     return [to_ref(name, one) for one in ([files] if isinstance(files, str | os.PathLike) else _several(name, files))]
 
 
-def to_named(name: str, files: Location | Sequence[Location] | Locations) -> list[tuple[str, str]]:
+def to_named(name: str, files: Texts) -> list[tuple[str, str]]:
     """(name, reference) of files, whose names a mapping gives, or else they themselves. Raises UserError."""
     if isinstance(files, Mapping):
         return [(key, ref) for key, refs in to_refs(name, files).items() for ref in refs]
@@ -57,6 +59,8 @@ def to_named(name: str, files: Location | Sequence[Location] | Locations) -> lis
 
 
 def _several(name: str, values: object) -> Sequence[object]:
-    if not isinstance(values, Sequence):
-        raise UserError(f"{name} {values!r}: expected a path, or a list of them", "pass strings or pathlib.Paths")
+    if not isinstance(values, Sequence) or isinstance(values, bytes):
+        raise UserError(
+            f"{name} {reprlib.repr(values)}: expected a path, or a list of them", "pass strings or pathlib.Paths"
+        )
     return values

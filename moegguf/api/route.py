@@ -4,24 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from types import MappingProxyType
 
-from moegguf.api.paths import Location, Locations, maybe_path, to_path, to_ref, to_refs
+from moegguf.api.paths import NO_FILES, Location, Locations, maybe_path, to_named, to_path, to_ref, to_refs
 from moegguf.atomic import check_writable
 from moegguf.edit.router import Adapter, ChangedRouter, change_router, export_router, kept_router
 from moegguf.errors import UserError
 from moegguf.jobs.fit_targets import fit_target
 from moegguf.jobs.fitting import FitOptions, FitPlan, Fitted, fit_from_recipe
 from moegguf.jobs.mapping import DEFAULT_SEGMENT, DEFAULT_TOKENS, MapOptions, RoutingMap, map_texts, plan_map, run_map
+from moegguf.kinds import checked
 from moegguf.measurement import plots
 from moegguf.routers.file import check_target, write_router
 from moegguf.runtime.offload import WHAT_FITS, Offload
 from moegguf.texts import from_here
 from moegguf.watch import Watch, unwatched
 
-NO_FILES: Locations = MappingProxyType({})
 
-
+@checked
 def fit(
     recipe: str | None = None,
     *,
@@ -52,13 +51,19 @@ def fit(
 
     It is that of `recipe` in the file `recipes`, of the finished `mix`, or of a mix of `base_gguf` with an expert for
     each name in `text`; what is not given is the recipe's or the mix's. `on_plan` hears what is about to be run.
+    Raises UserError.
     """
     target = to_path("output", output)
     check_target(target)
     check_writable(target, overwrite)
+    kept = maybe_path("statistics", statistics)
+    if kept and kept.absolute() == target.absolute():
+        raise UserError(f"{target}: is to be both router and statistics", "choose another -o, or other --statistics")
+    if kept:
+        check_writable(kept, overwrite=True)
     options = FitOptions(
-        to_refs("positive", positive), to_refs("negative", negative), max_tokens, holdout,
-        maybe_path("statistics", statistics), threads, folder=target.parent,
+        to_refs("positive", positive), to_refs("negative", negative), max_tokens, holdout, kept, threads,
+        folder=target.parent,
     )  # fmt: skip
     router = {
         "mode": mode, "k": k, "lambda": ridge_lambda, "temperature": temperature, "tap": tap, "pool": pool,
@@ -79,6 +84,7 @@ def _given(keys: dict[str, object]) -> dict[str, object]:
     return {key: value for key, value in keys.items() if value is not None}
 
 
+@checked
 def set(
     path: Location,
     router: Location | None = None,
@@ -90,7 +96,7 @@ def set(
     """Replace the router inside the mix at `path`, in place, as `moegguf route set` does.
 
     `router` is FILE.safetensors, "gateless", "noisy" or "noisy:SEED"; with `undo` the one that the last change
-    replaced, which restores every byte.
+    replaced, which restores every byte. Raises UserError.
     """
     mix = to_path("path", path)
     if undo == (router is not None):
@@ -98,15 +104,17 @@ def set(
     return change_router(mix, str(kept_router(mix)) if undo else to_ref("router", router), k=k, std=std)
 
 
+@checked
 def export(path: Location, router: Location, *, output: Location, overwrite: bool = False) -> Adapter:
     """Write `router` as an adapter that llama.cpp switches on for a request, as `moegguf route export` does.
 
-    It fits the mix at `path` only. `router` is FILE.safetensors, "noisy" or "noisy:SEED".
+    It fits the mix at `path` only. `router` is FILE.safetensors, "noisy" or "noisy:SEED". Raises UserError.
     """
     mix, target = to_path("path", path), to_path("output", output)
     return export_router(mix, to_ref("router", router), target, overwrite=overwrite)
 
 
+@checked
 def map(
     path: Location,
     *,
@@ -126,7 +134,7 @@ def map(
     """Which experts the model at `path` uses for which text, as `moegguf route map` finds.
 
     It is drawn to `output` where one is given. `domains` is the name of a recipe, in the file `recipes`, whose texts
-    are taken beside those of `text`.
+    are taken beside those of `text`. Raises UserError.
     """
     caches = (cache,) if isinstance(cache, int) else tuple(cache)
     options = MapOptions(max_tokens, segment, caches, ctx, threads, offload)
@@ -134,7 +142,7 @@ def map(
     if target:
         plots.require(target)
         check_writable(target, overwrite)
-    texts = map_texts(to_refs("text", text), domains, maybe_path("recipes", recipes))
+    texts = map_texts(to_named("text", text), domains=domains, recipes=maybe_path("recipes", recipes))
     found = run_map(plan, texts, watch)
     if target:
         found.draw(target)

@@ -13,15 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moegguf.api.paths import Location, Locations, maybe_path, to_path, to_refs
+from moegguf.checks import host_and_port
 from moegguf.errors import UserError
+from moegguf.kinds import checked
 from moegguf.runtime.bench import Speeds, bench_all
 from moegguf.runtime.forecast import Forecast, Size, forecast
 from moegguf.runtime.machine import Machine, inspect_machine
 from moegguf.runtime.offload import Offload as Offload
-from moegguf.runtime.run_options import DEFAULT_OPTIONS, RunOptions, check_options
+from moegguf.runtime.offload import Override as Override
+from moegguf.runtime.run_options import DEFAULT_OPTIONS, RunOptions
 from moegguf.watch import Watch, unwatched
 
 
+@checked
 def plan(
     path: Location,
     *,
@@ -34,15 +38,15 @@ def plan(
     """Where a file would go, what memory it takes, how fast it would be, and what would make it fit.
 
     On this machine, or on one with `vram` free in each GPU and `ram` in main memory. Sizes are bytes, or such as "8GB";
-    bandwidths are what is read in a second.
+    bandwidths are what is read in a second. Raises UserError.
     """
-    check_options(options)
     gpus = [vram] if isinstance(vram, int | str) else vram
     return forecast(
         to_path("path", path), options, vram=gpus, ram=ram, bandwidth=bandwidth, vram_bandwidth=vram_bandwidth
     )
 
 
+@checked
 def bench(
     path: Location,
     *,
@@ -53,8 +57,10 @@ def bench(
     options: RunOptions = DEFAULT_OPTIONS,
     watch: Watch = unwatched,
 ) -> Speeds:
-    """How fast a file runs here, and with `compare` a second one: its prompts and answers of so many tokens each."""
-    check_options(options)
+    """How fast a file runs here, and with `compare` a second one: its prompts and answers of so many tokens each.
+
+    Raises UserError.
+    """
     prompt, generate = ([each] if isinstance(each, int) else each for each in (prompt, generate))
     paths = [to_path("path", path), *([] if compare is None else [to_path("compare", compare)])]
     return bench_all(paths, options, watch, prompts=prompt, generations=generate, repeat=repeat)
@@ -73,6 +79,7 @@ class Server:
     notes: list[str]
 
 
+@checked
 @contextlib.contextmanager
 def serve(
     models: Location | Mapping[str, Location],
@@ -90,8 +97,8 @@ def serve(
     """Serve files for as long as the block runs: OpenAI's API is at the server's `url` + "/v1".
 
     `models`: a file, or name → file; `adapters`: name of a model → LoRA GGUFs that its requests can switch on. Port 0
-    takes one that is free. At the block's end answers that are under way are finished. Raises UserError, there for a
-    model that could not go on.
+    takes one that is free. At the block's end answers that are under way are finished. Raises UserError, at the
+    end for a model that could not go on.
     """
     from moegguf.runtime.serve.extra import check_installed
 
@@ -100,10 +107,12 @@ def serve(
     from moegguf.runtime.serve.models import name_of, prepare
     from moegguf.runtime.serve.serving import open_door, serving
 
-    check_options(options)
     named = models if isinstance(models, Mapping) else {name_of(to_path("models", models)): models}
     paths = {str(name): to_path("models", path) for name, path in named.items()}
-    loras = {name: list(map(Path, refs)) for name, refs in to_refs("adapters", adapters or {}).items()}
+    if not paths:
+        raise UserError("models: none are given", "pass at least one")
+    given = {} if adapters is None else to_refs("adapters", adapters)
+    loras = {name: list(map(Path, refs)) for name, refs in given.items()}
     if unknown := [name for name in loras if name not in paths]:
         raise UserError(f"adapters for {unknown[0]!r}: there is no such model", f"there are {', '.join(paths)}")
     address = Address.of(host, port, maybe_path("tls_cert", tls_cert), maybe_path("tls_key", tls_key))
@@ -113,6 +122,7 @@ def serve(
         yield Server(url, notes)
 
 
+@checked
 @contextlib.contextmanager
 def worker(
     listen: str = "127.0.0.1:50052",
@@ -125,7 +135,8 @@ def worker(
 
     Gives its address, for `Offload(workers=…)`. Raises UserError when it cannot listen.
     """
-    flags = ["--listen", str(listen)]
+    host_and_port("--listen", listen)
+    flags = ["--listen", listen]
     names = device if isinstance(device, str | None) else ",".join(device)
     flags += [] if names is None else ["--device", names]
     flags += [] if threads is None else ["--threads", str(threads)]
@@ -138,6 +149,6 @@ def worker(
         try:
             if not any(line.startswith("listening") for line in process.stdout):
                 raise UserError(process.stderr.read().strip().removeprefix("moegguf: error: "))
-            yield str(listen)
+            yield listen
         finally:
             process.terminate()

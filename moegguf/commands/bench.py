@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moegguf.atomic import check_writable
 from moegguf.commands.options import (
     add_device_arguments,
-    add_json_arguments,
+    add_experts_used,
+    add_json_and_save,
     add_memory_arguments,
+    add_threads,
+    check_save,
     report_json,
     run_options,
 )
@@ -47,12 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--generate", metavar="N,…", help="lengths of answers in tokens, or 0 (default: likewise 32,128)"
     )
     parser.add_argument("--repeat", type=int, metavar="N", default=5, help="runs of each length (default: 5)")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: physical cores)")
-    parser.add_argument(
-        "--experts-used", type=int, metavar="K", help="experts per token, in place of the file's number"
-    )
+    add_threads(parser)
+    add_experts_used(parser)
     out = parser.add_argument_group("results", "Seconds of every run included.")
-    add_json_arguments(out)
+    add_json_and_save(out)
     out.add_argument("--force", action="store_true", help="replace what --save names if it exists")
     add_device_arguments(parser)
     add_memory_arguments(parser)
@@ -61,19 +61,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from moegguf.runtime.bench import bench_all
 
-    if args.save:
-        check_writable(args.save, args.force)
+    paths = [args.model, *([args.compare] if args.compare else [])]
+    check_save(args, paths)
     found = bench_all(
-        [args.model, *([args.compare] if args.compare else [])],
+        paths,
         run_options(args),
         shown,
         prompts=_lengths("--prompt", args.prompt),
         generations=_lengths("--generate", args.generate),
         repeat=args.repeat,
     )
+    report_json(args, found.as_json())
     out = console(args)
     _print(out, found)
-    report_json(args, found.as_json())
     if args.save:
         out.print(f"wrote {one_line(str(args.save))}")
     return 0

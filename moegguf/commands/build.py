@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -15,15 +14,13 @@ from rich.table import Column, Table
 from moegguf.allocation import Allocation
 from moegguf.assembly import Built
 from moegguf.checks import check_threads
-from moegguf.commands.options import print_json
-from moegguf.commands.output import console, describe_requantised, facts, requantised_as_json
+from moegguf.commands.options import add_json, add_recipes, named_refs, pairs, print_json
+from moegguf.commands.output import console, describe_requantised, facts, in_shell
 from moegguf.commands.progress import shown
-from moegguf.drift import Drift
 from moegguf.errors import UserError, one_line
 from moegguf.estimate import Fit, parse_fit, with_budget_of
-from moegguf.jobs.build_report import BuildReport, describe, finish, has_precisions, shares
+from moegguf.jobs.build_report import BuildReport, counted, describe, finish, has_precisions, shares
 from moegguf.jobs.preparation import BuildOptions, prepare
-from moegguf.metadata import ExpertCard
 from moegguf.recipe import (
     TRUNK_OF_BASE,
     Layout,
@@ -31,7 +28,6 @@ from moegguf.recipe import (
     Recipe,
     Rounding,
     Splitting,
-    find_recipes_file,
     load_recipe,
     parse_recipe,
 )
@@ -57,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "recipe", nargs="?", help="name of a [mix.NAME] in the recipes file; or use --base and --expert"
     )
-    parser.add_argument("--recipes", type=Path, metavar="FILE", help="recipes file (default: moegguf's models.toml)")
+    add_recipes(parser)
     mix = parser.add_argument_group("the mix (each flag overrides the recipe's key)")
     mix.add_argument("--base", metavar="SOURCE", help="model that gives everything but the experts' FFNs")
     mix.add_argument(
@@ -72,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="gateless: average all experts (default); noisy: white noise picks k; ridge, hidden: fitted to --domain "
         "texts first; FILE.safetensors: one that `moegguf route fit` or `train` wrote",
     )
-    mix.add_argument("--k", type=int, help="experts that run for each token, unless gateless (default: 2)")
+    mix.add_argument("--k", type=int, metavar="N", help="experts that run for each token, unless gateless (default: 2)")
     mix.add_argument("--std", type=float, help="noisy: standard deviation of the noise (default: 0.02)")
     mix.add_argument("--seed", type=int, help="noisy: seed of the noise (default: 0)")
     mix.add_argument("--shared-router", action="store_true", default=None, help="one router for all layers")
@@ -81,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--domain",
         action="append",
         default=[],
-        metavar="NAME=TEXT",
+        metavar="NAME=FILE",
         help="text of an expert's domain (.txt, .jsonl): ridge and hidden routers are fitted, merges judged by it",
     )
     mix.add_argument(
@@ -159,7 +155,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pre", metavar="NAME", help="llama.cpp's name of the BPE pre-tokenizer, where it is not recognised"
     )
     how.add_argument("--threads", type=int, metavar="N", help="threads that quantise (default: all usable cores)")
-    how.add_argument("--json", action="store_true", help="print what was built, or would be, as JSON")
+    add_json(how)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -173,7 +169,7 @@ def run(args: argparse.Namespace) -> int:
     if not options.is_dry:
         report = finish(report, options, shown)
     if args.json:
-        print_json(_as_json(report))
+        print_json(report.as_json())
     elif report.built:
         _print_built(out, report.built)
     else:
@@ -197,7 +193,7 @@ def _options(args: argparse.Namespace) -> BuildOptions:
 def _recipe(args: argparse.Namespace) -> Recipe:
     overrides = _overrides(args)
     if args.recipe is not None:
-        return load_recipe(args.recipe, args.recipes or find_recipes_file(), overrides)
+        return load_recipe(args.recipe, args.recipes, overrides)
     if args.base is None and not args.expert:
         raise UserError("nothing to build", "name a recipe (see `moegguf recipes`), or give --base and --expert")
     name = Path(args.output).stem if args.output else "mix"
@@ -236,12 +232,7 @@ def _print_allocation(out: Console, allocation: Allocation) -> None:
 
 
 def _types(types: Mapping[GGMLQuantizationType, int]) -> str:
-    return ", ".join(f"{n} × {name}" for name, n in _counted(types).items())
-
-
-def _counted(types: Mapping[GGMLQuantizationType, int]) -> dict[str, int]:
-    """The most frequent first."""
-    return {type.name: n for type, n in sorted(types.items(), key=lambda item: -item[1])}
+    return ", ".join(f"{n} × {name}" for name, n in counted(types).items())
 
 
 def _overrides(args: argparse.Namespace) -> dict[str, object]:
@@ -270,8 +261,8 @@ def _experts(args: argparse.Namespace) -> list[dict] | None:
         if args.weight:
             raise UserError("--weight goes with --expert", "write the weights into the recipe instead")
         return None
-    sources = _pairs("--expert", args.expert, "NAME=SOURCE")
-    weights = dict(_pairs("--weight", args.weight, "NAME=SHARE"))
+    sources = pairs("--expert", args.expert, "NAME=SOURCE", "math=./math-model")
+    weights = dict(pairs("--weight", args.weight, "NAME=SHARE", "math=0.5"))
     names = [name for name, _ in sources]
     if unknown := [name for name in weights if name not in names]:
         raise UserError(f"--weight {unknown[0]}: no expert has that name", f"use one of {', '.join(names)}")
@@ -290,10 +281,8 @@ def _router(args: argparse.Namespace) -> dict | None:
 
 
 def _domains(args: argparse.Namespace) -> dict[str, list[str]] | None:
-    domains: dict[str, list[str]] = {}
-    for name, ref in _pairs("--domain", args.domain, "NAME=TEXT"):
-        domains.setdefault(name, []).append(from_here(ref))
-    return domains or None
+    domains = named_refs("--domain", args.domain)
+    return {name: [from_here(ref) for ref in refs] for name, refs in domains.items()} or None
 
 
 def _compact(args: argparse.Namespace) -> dict | None:
@@ -304,11 +293,11 @@ def _compact(args: argparse.Namespace) -> dict | None:
 
 
 def _quant(args: argparse.Namespace) -> dict | str | None:
-    roles = dict(_pairs("--quant-role", args.quant_role, "ROLE=TYPE"))
-    tensors = dict(_pairs("--quant-tensor", args.quant_tensor, "REGEX=TYPE"))
+    roles = dict(pairs("--quant-role", args.quant_role, "ROLE=TYPE", "attn=Q8_0"))
+    by_name = pairs("--quant-tensor", args.quant_tensor, "REGEX=TYPE", "'blk\\.0\\..*=Q6_K'", at_last=True)
     targets = {"preset": args.quant, "budget": args.budget, "bpw": args.bpw, "plan": from_here(args.plan)}
     quant = {key: value for key, value in {**targets, "split": args.split}.items() if value is not None}
-    quant |= roles | ({"tensors": tensors} if tensors else {})
+    quant |= roles | ({"tensors": dict(by_name)} if by_name else {})
     fit = _fit(args)
     return (with_budget_of(fit, quant) if fit else quant) or None
 
@@ -319,22 +308,6 @@ def _fit(args: argparse.Namespace) -> Fit | None:
     if args.ctx is not None:
         raise UserError("--ctx goes with --fit: it says for how many tokens there is to be room", "leave it out")
     return None
-
-
-def _pairs(flag: str, values: list[str], form: str) -> list[tuple[str, str]]:
-    pairs = [value.partition("=")[::2] if flag != "--quant-tensor" else tuple(value.rsplit("=", 1)) for value in values]
-    if wrong := [value for value, pair in zip(values, pairs, strict=True) if len(pair) != 2 or not all(pair)]:
-        raise UserError(f"{flag} {wrong[0]}: expected {form}", f"for example {flag} {_EXAMPLE[flag]}")
-    return pairs
-
-
-_EXAMPLE = {
-    "--expert": "math=./math-model",
-    "--weight": "math=0.5",
-    "--domain": "math=sums.jsonl",
-    "--quant-role": "attn=Q8_0",
-    "--quant-tensor": "'blk\\.0\\..*=Q6_K'",
-}
 
 
 def _number(flag: str, text: str) -> float:
@@ -369,64 +342,5 @@ def _print_built(out: Console, built: Built) -> None:
     if cost := describe_requantised(built.requantised):
         out.print(cost)
     path = built.plan.path
-    out.print(f"wrote {path} ({show_size(built.n_bytes)}) in {built.seconds:.2f} s; try: moegguf chat {path}")
-
-
-def _as_json(report: BuildReport) -> dict:
-    plan, built, card = report.plan, report.built, report.plan.card
-    return {
-        "file": str(plan.path),
-        "written": built is not None,
-        "bytes": plan.n_bytes,
-        "seconds": round(built.seconds, 3) if built else None,
-        "name": plan.recipe.name,
-        "base": card.base,
-        "layout": str(card.layout),
-        "architecture": plan.form.arch,
-        "quant": card.quant,
-        "bits_per_weight": round(plan.bits_per_weight, 4),
-        "weights": plan.n_weights,
-        "tensors": len(plan.planned),
-        "router": card.describe_router(),
-        "experts": [_expert_as_json(expert, report) for expert in card.experts],
-        "allocation": _allocation_as_json(report.allocation) if report.allocation else None,
-        "memory": {**dataclasses.asdict(report.memory), "total": report.memory.total},
-        "drift": _drift_as_json(report.drift) if report.drift else None,
-        "requantised": requantised_as_json(built.requantised) if built else None,
-        "notes": list(report.notes),
-    }
-
-
-def _expert_as_json(expert: ExpertCard, report: BuildReport) -> dict:
-    precision = report.precisions.get(expert.name)
-    return {
-        "name": expert.name,
-        "source": expert.source,
-        "weight": expert.weight if report.plan.card.is_gateless else None,
-        "quant": expert.quant,
-        "types": _counted(precision.types) if precision else None,
-        "bits_per_weight": round(precision.bits_per_weight, 4) if precision else None,
-        "error": precision.error if precision else None,
-    }
-
-
-def _allocation_as_json(allocation: Allocation) -> dict:
-    return {
-        "budget": allocation.plan.recipe.quant.label,
-        "loss": allocation.loss,
-        "is_measured": allocation.survey.is_measured,
-        "tensors": [
-            {
-                "name": share.name,
-                "types": _counted(share.types),
-                "bits_per_weight": round(share.bits_per_weight, 4),
-                "bytes": share.n_bytes,
-                "share_of_loss": share.loss,
-            }
-            for share in shares(allocation)
-        ],
-    }
-
-
-def _drift_as_json(drift: Drift) -> dict:
-    return {"experts": dict(drift.by_expert), "overall": drift.overall, "estimated_kld": drift.estimated_kld}
+    chat = f"moegguf chat {in_shell(path)}"
+    out.print(f"wrote {path} ({show_size(built.n_bytes)}) in {built.seconds:.2f} s; try: {chat}")

@@ -8,7 +8,16 @@ from pathlib import Path
 
 from rich.console import Console
 
-from moegguf.commands.options import add_device_arguments, device_options, named_refs, print_json
+from moegguf.api.calibrating import calibrate
+from moegguf.commands.options import (
+    add_device_arguments,
+    add_json,
+    add_recipes,
+    add_threads,
+    device_options,
+    named_refs,
+    print_json,
+)
 from moegguf.commands.output import console
 from moegguf.commands.progress import shown
 from moegguf.errors import one_line
@@ -43,7 +52,7 @@ demo:DOMAIN
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a .gguf file, the source of an expert, or the name of a recipe")
     parser.add_argument("--base", metavar="SOURCE", help="of an expert's source: run it on this model's trunk")
-    parser.add_argument("--recipes", type=Path, metavar="FILE", help="recipes file (default: moegguf's models.toml)")
+    add_recipes(parser)
     text = parser.add_argument_group("text")
     text.add_argument(
         "--text", action="append", default=[], metavar="NAME=FILE",
@@ -60,19 +69,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     output.add_argument("--split", type=Path, metavar="FOLDER", help="of a mix: also write a matrix for each expert")
     output.add_argument("--fresh", action="store_true", help="begin anew where the file is there already")
-    output.add_argument("--json", action="store_true", help="print what was done as JSON")
+    add_json(output)
     output.add_argument(
         "--process-output", action="store_true", help="calibrate output.weight too, which llama.cpp advises against"
     )
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: physical cores)")
+    add_threads(machine)
     machine.add_argument("--pre", metavar="NAME", help="of sources: llama.cpp's name of the BPE pre-tokenizer")
     add_device_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    from moegguf.api.calibrating import calibrate
-
     start = time.monotonic()
     done = calibrate(
         args.model, base=args.base, recipes=args.recipes, text=named_refs("--text", args.text), domains=args.domains,
@@ -95,7 +102,7 @@ def _print(out: Console, done: Calibrated) -> None:
         else:
             out.print(f"{matrix.path} holds all of this text already; tokens: {tokens}")
     for note in done.notes:
-        out.print(f"warning: {one_line(note)}")
+        out.print(f"note: {one_line(note)}")
     if done.split:
         out.print(f"wrote {done.split[0].parent}: a matrix for each expert, for any mix of it")
     match done.kind:

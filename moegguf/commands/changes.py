@@ -8,8 +8,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from moegguf.commands.options import print_json
-from moegguf.commands.output import console, describe_requantised, requantised_as_json
+from moegguf.commands.options import add_json, pairs, print_json
+from moegguf.commands.output import console, describe_requantised
 from moegguf.edit.made import Made
 from moegguf.errors import UserError, one_line
 from moegguf.sizes import show_size
@@ -20,20 +20,17 @@ def add_output(parser: argparse._ActionsContainer, *, required: bool, what: str 
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--force", action="store_true", help="replace the output file if it exists")
+    parser.add_argument("--force", action="store_true", help="replace the output if it exists")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all usable cores)")
-    parser.add_argument("--json", action="store_true", help="print what was done as JSON")
+    add_json(parser)
 
 
 def named_sources(values: Sequence[str]) -> dict[str, str]:
     """Expert → reference of its source. Raises UserError for what is not NAME=SOURCE, and for a name given twice."""
     refs: dict[str, str] = {}
-    for value in values:
-        name, _, ref = value.partition("=")
-        if not name or not ref:
-            raise UserError(f"{value}: expected NAME=SOURCE", "for example math=hf:org/math-model")
+    for name, ref in pairs("", values, "NAME=SOURCE", "math=hf:org/math-model"):
         if name in refs:
-            raise UserError(f"{value}: {name} was given {refs[name]} already", "name every expert once")
+            raise UserError(f"{name}={ref}: {name} was given {refs[name]} already", "name every expert once")
         refs[name] = ref
     return refs
 
@@ -42,13 +39,11 @@ def report(args: argparse.Namespace, made: Made, done: str) -> int:
     """Say what was `done`, in words or as JSON. Returns the exit code."""
     print_made(console(args), made, done)
     if args.json:
-        print_json(made_as_json(made))
+        print_json(made.as_json())
     return 0
 
 
 def print_made(out: Console, made: Made, done: str) -> None:
-    if made.is_undone:
-        out.print(f"note: {UNDONE}")
     for note in made.notes:
         out.print(f"note: {one_line(note)}")
     if cost := describe_requantised(made.requantised):
@@ -56,21 +51,3 @@ def print_made(out: Console, made: Made, done: str) -> None:
     size = f" ({show_size(made.n_written)})" if made.n_written else ""
     where = f"changed {made.path} in place" if made.in_place else f"wrote {made.path}"
     out.print(f"{where}{size} in {made.seconds:.2f} s: {one_line(done)}")
-
-
-def made_as_json(made: Made) -> dict:
-    return {
-        "file": str(made.path),
-        "in_place": made.in_place,
-        "undone": made.is_undone,
-        "bytes": made.n_bytes,
-        "bytes_written": made.n_written,
-        "seconds": round(made.seconds, 3),
-        "experts": [{"name": expert.name, "source": expert.source} for expert in made.card.experts],
-        "router": made.card.describe_router(),
-        "requantised": requantised_as_json(made.requantised),
-        "notes": [UNDONE] * made.is_undone + list(made.notes),
-    }
-
-
-UNDONE = "an interrupted change of it was undone"

@@ -19,14 +19,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moegguf.commands.options import add_device_arguments, add_memory_arguments, run_options
+from moegguf.commands.options import add_device_arguments, add_experts_used, add_memory_arguments, run_options
 from moegguf.errors import UserError
 from moegguf.interrupt import Terminated
 from moegguf.runtime.sampling import DEFAULTS, SETTINGS, suggested_by_file
 
 if TYPE_CHECKING:
     from moegguf.runtime.chat import Conversation, Engine, Stats
-    from moegguf.runtime.model import Model, RunOptions
+    from moegguf.runtime.model import Model
+    from moegguf.runtime.run_options import RunOptions
 
 HELP = "Talk to a mix, or to any GGUF that llama.cpp runs."
 EXAMPLES = """\
@@ -74,10 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     machine.add_argument(
         "--threads", type=int, metavar="N", help="CPU threads (default: physical cores; more is rarely faster)"
     )
-    machine.add_argument(
-        "--experts-used", type=int, metavar="K",
-        help="experts per token, in place of the file's number; gate-less takes all",
-    )  # fmt: skip
+    add_experts_used(machine)
     machine.add_argument(
         "--adapter", metavar="FILE", type=Path, help="run with this LoRA GGUF, say a router from `moegguf route export`"
     )
@@ -137,13 +135,13 @@ def _open_gguf(args: argparse.Namespace) -> Iterator[_Opened]:
 @contextlib.contextmanager
 def _open_recipe(args: argparse.Namespace) -> Iterator[_Opened]:
     from moegguf.jobs.torch_engine import open_checked, open_engine
-    from moegguf.recipe import find_recipes_file, load_recipe
-    from moegguf.runtime.model import RunOptions
+    from moegguf.recipe import load_recipe
+    from moegguf.runtime.run_options import RunOptions
 
     options = _run_options(args)
     if options != RunOptions(ctx=options.ctx, threads=options.threads):
         raise UserError("--engine torch takes only --ctx and --threads of the machine flags", "leave the others out")
-    recipe = load_recipe(str(args.model), args.recipes or find_recipes_file(), {})
+    recipe = load_recipe(str(args.model), args.recipes)
     mix = open_checked(recipe)
     engine = open_engine(recipe, mix, ctx=options.ctx, threads=options.threads)
     metadata = {key: value.value for key, value in mix.base.metadata.items()}
@@ -172,12 +170,7 @@ def _prompt(flag: str | None) -> str | None:
 
 
 def _run_options(args: argparse.Namespace) -> RunOptions:
-    return replace(
-        run_options(args),
-        ctx=args.ctx,
-        adapter=args.adapter,
-        verbose=args.verbose,
-    )
+    return replace(run_options(args), ctx=args.ctx, adapter=args.adapter, verbose=args.verbose)
 
 
 def _press_twice_to_leave() -> None:

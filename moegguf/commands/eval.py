@@ -14,8 +14,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Column, Table
 
-from moegguf.atomic import check_writable
-from moegguf.commands.options import add_device_arguments, add_json_arguments, device_options, report_json
+from moegguf.commands.options import (
+    add_device_arguments,
+    add_json_and_save,
+    add_recipes,
+    add_threads,
+    check_save,
+    device_options,
+    report_json,
+)
 from moegguf.commands.output import console
 from moegguf.commands.progress import shown
 from moegguf.errors import UserError, one_line
@@ -62,14 +69,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tasks: FILE, NAME=FILE, or demo:DOMAIN/heldout#N",
     )  # fmt: skip
     what.add_argument("--domains", metavar="RECIPE", help="the texts under `domains` of this recipe as tasks")
-    what.add_argument("--recipes", type=Path, metavar="FILE", help="recipes file (default: moegguf's models.toml)")
+    add_recipes(what)
     what.add_argument(
         "--harness", metavar="TASKS", help="benchmarks by their names in lm-evaluation-harness, commas between"
     )
-    what.add_argument("--harness-path", type=Path, metavar="DIR", help="folder of harness tasks of your own (YAML)")
+    what.add_argument("--harness-path", type=Path, metavar="FOLDER", help="folder of harness tasks of your own (YAML)")
     what.add_argument("--limit", type=int, metavar="N", help="only the first N items of each task")
     out = parser.add_argument_group("results")
-    add_json_arguments(out)
+    add_json_and_save(out)
     out.add_argument("--details", action="store_true", help="with --json or --save: what each model did on each item")
     out.add_argument("--chart", type=Path, metavar="FILE", help="draw them as bars (.png, .svg, .pdf)")
     out.add_argument("--force", action="store_true", help="replace what --save and --chart name if it exists")
@@ -82,9 +89,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--max-tokens", type=int, metavar="N", help="length of an answer (default: as the tasks need)")
     how.add_argument("--ctx", type=int, metavar="N", help="context in tokens (default: the model's, at most 4096)")
-    how.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: physical cores)")
+    add_threads(how)
     how.add_argument(
-        "--cache", type=Path, metavar="DIR", help="where outcomes are kept (default: ~/.cache/moegguf/eval)"
+        "--cache", type=Path, metavar="FOLDER", help="where outcomes are kept (default: ~/.cache/moegguf/eval)"
     )
     how.add_argument("--fresh", action="store_true", help="ask everything again, whatever is kept")
     add_device_arguments(parser)
@@ -94,15 +101,14 @@ def run(args: argparse.Namespace) -> int:
     """Ask every model every task that it was not asked before; print, draw and write what came out."""
     plan = _plan(args)
     out = console(args)
-    found = _ask(plan)
+    found = run_benchmarks(plan, _ask(plan), show_progress=sys.stderr.isatty())
+    report_json(args, found.as_json(details=args.details))  # kept before a reader of the tables may leave
     if plan.tasks:
         _print(out, found)
-    found = run_benchmarks(plan, found, show_progress=sys.stderr.isatty())
     for model in found.models if plan.benchmarks else ():
         out.print(f"{one_line(model.name)}, by lm-evaluation-harness:\n{model.harness.table}")
     for path in found.draw(args.chart, overwrite=args.force) if args.chart else ():
         out.print(f"drew {path}")
-    report_json(args, found.as_json(details=args.details))
     if args.save:
         out.print(f"wrote {args.save}")
     return 0
@@ -121,8 +127,7 @@ def _plan(args: argparse.Namespace) -> EvaluationPlan:
     tasks = tasks_of(map(named_ref, args.tasks), domains=args.domains, recipes=args.recipes, limit=args.limit)
     benchmarks = Benchmarks(args.harness, args.harness_path, args.limit) if args.harness else None
     plan = plan_evaluation(by_name(args.models), tasks, options, benchmarks=benchmarks)
-    if args.save:
-        check_writable(args.save, args.force)
+    check_save(args, [*args.models, *(ref for _, ref in map(named_ref, args.tasks))])
     if args.chart:
         check_chart(args.chart, tasks, args.force)
     return plan
@@ -150,7 +155,8 @@ def _print(out: Console, found: Evaluation) -> None:
             cells.append([f"{100 * model.mean.value:.1f}", _limits(model.mean.interval, 100)])
         table.add_row(one_line(model.name), *(between.join(filter(None, cell)) for cell in cells))
     out.print(table)
-    out.print("accuracies in per cent; in brackets: 95 % confidence intervals")
+    has_accuracies = any(task.metric.is_accuracy for task in tasks)
+    out.print(f"{'accuracies in per cent; ' * has_accuracies}in brackets: 95 % confidence intervals")
     is_fine = sys.stdout.isatty() and "utf" in (sys.stdout.encoding or "").lower()
     for line in _bars(found, _fine_bar if is_fine else _plain_bar):
         out.print(line)

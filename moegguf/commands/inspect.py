@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from pathlib import Path
 
-from gguf import LlamaFileType
 from rich.console import Console
 from rich.table import Column, Table
 
-from moegguf.commands.options import print_json
+from moegguf.commands.options import add_json, print_json
 from moegguf.commands.output import console, facts
 from moegguf.commands.progress import bytes_done
 from moegguf.errors import one_line
@@ -29,14 +27,14 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, help="a GGUF file")
     parser.add_argument("--check", action="store_true", help="read everything and verify it against what the file says")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     found = inspect(args.file)
     faults = _check_with_progress(found) if args.check else None
     if args.json:
-        print_json(_as_json(found, faults))
+        print_json(found.as_json() | ({} if faults is None else {"faults": faults}))
     else:
         _print(console(args), found, faults)
     return 1 if faults else 0
@@ -80,18 +78,9 @@ def _facts(found: Inspection) -> list[tuple[str, str]]:
     rows.append(("architecture", f"{found.arch}: {found.n_layer} layers, hidden size {found.n_embd}{experts}"))
     rows.append(("context", f"{found.n_ctx} tokens"))
     rows.append(("chat template", "yes" if found.has_chat_template else "no"))
-    rows.append(("quant", f"{_file_type(found)}, {found.bits_per_weight:.2f} bits per weight"))
+    rows.append(("quant", f"{found.quant}, {found.bits_per_weight:.2f} bits per weight"))
     rows.append(("weights", f"{found.n_weights / 1e6:.2f} M"))
     return rows
-
-
-def _file_type(found: Inspection) -> str:
-    if found.file_type is None:
-        return "unknown"
-    try:
-        return LlamaFileType(found.file_type).name.removeprefix("MOSTLY_").removeprefix("ALL_")
-    except ValueError:
-        return f"file type {found.file_type}"
 
 
 def _expert_table(found: Inspection) -> Table:
@@ -109,34 +98,3 @@ def _group_table(found: Inspection) -> Table:
         weights, size = f"{group.n_weights / 1e6:.3f} M", show_size(group.n_bytes)
         table.add_row(group.name, types, weights, f"{group.bits_per_weight:.2f}", size)
     return table
-
-
-def _as_json(found: Inspection, faults: list[str] | None) -> dict:
-    report = {
-        "file": str(found.path),
-        "bytes": found.n_bytes,
-        "is_mix": found.card is not None,
-        "name": found.name,
-        "architecture": found.arch,
-        "quant": _file_type(found),
-        "bits_per_weight": round(found.bits_per_weight, 4),
-        "weights": found.n_weights,
-        "n_layer": found.n_layer,
-        "n_embd": found.n_embd,
-        "n_ctx": found.n_ctx,
-        "n_expert": found.n_expert,
-        "n_expert_used": found.n_expert_used,
-        "has_chat_template": found.has_chat_template,
-        "card": dataclasses.asdict(found.card) if found.card else None,
-        "groups": [
-            {
-                "name": group.name,
-                "types": group.types,
-                "bits_per_weight": round(group.bits_per_weight, 4),
-                "weights": group.n_weights,
-                "bytes": group.n_bytes,
-            }
-            for group in found.groups
-        ],
-    }
-    return report if faults is None else report | {"faults": faults}

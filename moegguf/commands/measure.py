@@ -12,14 +12,22 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Column, Table
 
-from moegguf.commands.options import add_device_arguments, device_options, print_json
+from moegguf.commands.options import (
+    add_device_arguments,
+    add_json,
+    add_recipes,
+    add_threads,
+    device_options,
+    print_json,
+)
 from moegguf.commands.output import console
 from moegguf.commands.progress import shown
 from moegguf.errors import one_line
-from moegguf.jobs.comparing import MAX_TOKENS, Measured, MeasureOptions, plan_measurement, run_measurement, texts_of
 from moegguf.jobs.divergences import CHUNK
 from moegguf.jobs.engines import by_name
+from moegguf.jobs.measuring import MAX_TOKENS, Measured, MeasureOptions, plan_measurement, run_measurement, texts_of
 from moegguf.measurement.divergence import Divergence, Estimate
+from moegguf.sizes import show_size
 from moegguf.texts import named_ref
 
 HELP = """\
@@ -51,23 +59,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--text", nargs="+", action="extend", default=[], metavar="FILE", help="FILE, NAME=FILE or demo:DOMAIN/heldout"
     )
     text.add_argument("--domains", metavar="RECIPE", help="the texts under `domains` of this recipe")
-    text.add_argument("--recipes", type=Path, metavar="FILE", help="recipes file (default: moegguf's models.toml)")
+    add_recipes(text)
     text.add_argument(
         "--max-tokens", type=int, default=MAX_TOKENS, metavar="N",
-        help=f"of each text, from its start on (default: {MAX_TOKENS})",
+        help=f"tokens of each text, from its start on (default: {MAX_TOKENS})",
     )  # fmt: skip
     text.add_argument(
         "--chunk", type=int, metavar="N", help=f"tokens of a chunk (default: {CHUNK}, or the reference's context)"
     )
     kept = parser.add_argument_group("logits of the reference").add_mutually_exclusive_group()
     kept.add_argument(
-        "--cache", type=Path, metavar="DIR", help="where they are kept (default: ~/.cache/moegguf/measure)"
+        "--cache", type=Path, metavar="FOLDER", help="where they are kept (default: ~/.cache/moegguf/measure)"
     )
     kept.add_argument("--reference-logits", type=Path, metavar="FILE", help="the file they are kept in")
     kept.add_argument("--no-cache", action="store_true", help="keep none: run both models at once")
     how = parser.add_argument_group("how")
-    how.add_argument("--json", action="store_true", help="print the results as JSON")
-    how.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: physical cores)")
+    add_json(how)
+    add_threads(how)
     add_device_arguments(parser)
 
 
@@ -84,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     out.print(f"{plan.n_tokens} tokens in {len(plan.sequences)} chunks")
     if kept := plan.kept:
         state = "are there already" if kept.is_there else "will be kept"
-        out.print(f"the reference's logits {state}: {_size(kept.nbytes)}, {kept.path}")
+        out.print(f"the reference's logits {state}: {show_size(kept.nbytes)}, {kept.path}")
     found = run_measurement(plan, shown)
     if args.json:
         print_json(found.as_json())
@@ -139,7 +147,7 @@ def _cells(model: Measured, divergence: Divergence) -> list[list[str]]:
     interval = divergence.top1_interval
     limits = [] if interval is None else ["[" + ", ".join(f"{100 * limit:.4g}" for limit in interval) + "]"]
     return [
-        [_size(model.n_bytes)],
+        [show_size(model.n_bytes)],
         _plus_minus(divergence.kld, ".3g"),
         *([f"{divergence.kld_percentile(percent):.3g}"] for percent in (50, 99, 100)),
         [f"{100 * divergence.top1.value:.2f}", *limits],
@@ -151,7 +159,3 @@ def _cells(model: Measured, divergence: Divergence) -> list[list[str]]:
 def _plus_minus(estimate: Estimate, form: str) -> list[str]:
     error = [] if estimate.error is None else [f"±{estimate.error:.2g}"]
     return [format(estimate.value, form), *error]
-
-
-def _size(n_bytes: int) -> str:
-    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"

@@ -30,6 +30,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     merged = merge(args.file, output=args.output, threads=args.threads, overwrite=args.force, watch=shown)
     if args.json:
-        print_json({"file": str(merged.path), "bytes": merged.n_bytes, "seconds": round(merged.seconds, 3)})
+        print_json(merged.as_json())
     console(args).print(f"wrote {merged.path} ({show_size(merged.n_bytes)})")
     return 0

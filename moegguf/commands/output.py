@@ -7,8 +7,11 @@ columns counted. What is printed may come from a file, so nothing in it is marku
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
@@ -40,7 +43,7 @@ class _Console(Console):
 
 
 def console(args: argparse.Namespace) -> Console:
-    """Where a command prints lines and tables. Raises BrokenPipeError where stdout was closed by who read it."""
+    """Where a command prints lines and tables. Raises BrokenPipeError where its reader closed stdout."""
     return _Console(
         markup=False,
         highlight=False,
@@ -59,16 +62,13 @@ def facts(rows: Iterable[tuple[str, str]]) -> Table:
     return table
 
 
+def in_shell(path: Path) -> str:
+    """`path` as it can be copied into a command line."""
+    return shlex.quote(f"{os.curdir}{os.sep}{path}" if str(path).startswith("-") else str(path))
+
+
 def describe_requantised(cost: Requantised) -> str:
     """What quantising again cost; nothing where no weight was."""
     types = ", ".join(f"{source} → {target}" for source, target in sorted(cost.types))
     n_weights = f"{cost.n_weights / 1e6:.1f} M weights"
     return f"requantised {n_weights} ({types}): relative error {cost.relative_error:.2%}" if cost.n_weights else ""
-
-
-def requantised_as_json(cost: Requantised) -> dict:
-    return {
-        "weights": cost.n_weights,
-        "types": [{"from": source, "to": target} for source, target in sorted(cost.types)],
-        "relative_error": cost.relative_error,
-    }

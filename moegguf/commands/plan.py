@@ -11,7 +11,15 @@ from itertools import chain, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moegguf.commands.options import add_device_arguments, add_memory_arguments, print_json, run_options
+from moegguf.commands.options import (
+    add_device_arguments,
+    add_experts_used,
+    add_json,
+    add_memory_arguments,
+    add_threads,
+    print_json,
+    run_options,
+)
 from moegguf.commands.output import console
 from moegguf.sizes import show_size
 
@@ -38,11 +46,9 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="the GGUF file (first part of a split one)")
     parser.add_argument("--ctx", metavar="N", type=int, help="context in tokens (default: the model's, at most 4096)")
-    parser.add_argument(
-        "--experts-used", metavar="K", type=int, help="experts per token, in place of the file's number"
-    )
-    parser.add_argument("--threads", metavar="N", type=int, help="CPU threads (default: physical cores)")
-    parser.add_argument("--json", action="store_true", help="one JSON object, sizes in bytes")
+    add_experts_used(parser)
+    add_threads(parser)
+    add_json(parser)
     other = parser.add_argument_group("another machine")
     other.add_argument("--vram", metavar="SIZES", help="memory that its GPUs have free, with commas: 8GB, or 8GB,24GB")
     other.add_argument("--ram", metavar="SIZE", help="main memory that it has free")

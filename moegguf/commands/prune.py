@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,8 +10,8 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from moegguf.api.editing import prune
-from moegguf.commands.changes import add_common, add_output, made_as_json, print_made
-from moegguf.commands.options import print_json
+from moegguf.commands.changes import add_common, add_output, print_made
+from moegguf.commands.options import add_recipes, print_json
 from moegguf.commands.output import console
 from moegguf.commands.progress import shown
 from moegguf.errors import one_line
@@ -49,20 +48,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = parser.add_argument_group("text to rank by and to measure on")
     text.add_argument("--text", nargs="+", action="extend", default=[], metavar="FILE", help="FILE, or NAME=FILE")
     text.add_argument("--domains", metavar="RECIPE", help="the texts under `domains` of this recipe")
-    text.add_argument("--recipes", type=Path, metavar="FILE", help="recipes file (default: moegguf's models.toml)")
-    text.add_argument("--max-tokens", type=int, default=4096, metavar="N", help="of each text (default: 4096)")
+    add_recipes(text)
+    text.add_argument("--max-tokens", type=int, default=4096, metavar="N", help="tokens of each text (default: 4096)")
     add_output(parser, required=True)
     add_common(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    texts = {spec: spec.partition("=")[2] or spec for spec in args.text}
     pruned = prune(
-        args.file, output=args.output, drop=args.drop or (), keep=args.keep, text=texts, domains=args.domains,
+        args.file, output=args.output, drop=args.drop or (), keep=args.keep, text=args.text, domains=args.domains,
         recipes=args.recipes, max_tokens=args.max_tokens, threads=args.threads, overwrite=args.force, watch=shown,
     )  # fmt: skip
     if args.json:
-        print_json(_as_json(pruned))
+        print_json(pruned.as_json())
         return 0
     out = console(args)
     if pruned.ranking:
@@ -90,11 +88,3 @@ def _print_cost(out: Console, cost: Divergence) -> None:
         f"{cost.top1.value:.1%} of the time; perplexity {cost.perplexity.value:.3f}, was "
         f"{cost.perplexity_reference.value:.3f} ({cost.n_tokens} held-out tokens)"
     )
-
-
-def _as_json(pruned: Pruned) -> dict:
-    return made_as_json(pruned.made) | {
-        "dropped": list(pruned.dropped),
-        "ranking": [dataclasses.asdict(one) for one in pruned.ranking],
-        "cost": pruned.cost.as_json() if pruned.cost else None,
-    }

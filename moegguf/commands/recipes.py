@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 
-from moegguf.commands.options import print_json
+from moegguf.api.building import recipes as list_recipes
+from moegguf.commands.options import add_json, add_recipes, print_json
 from moegguf.commands.output import console
-from moegguf.errors import UserError, one_line
-from moegguf.recipe import Recipe, RouterMode, find_recipes_file, load_recipe, load_tables
+from moegguf.errors import one_line
+from moegguf.recipe import Recipe, RouterMode
 
 HELP = "List the mixes that a recipes file offers."
 EXAMPLES = """\
@@ -22,20 +22,12 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--recipes", type=Path, metavar="FILE", help="recipes file (default: moegguf's models.toml)")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_recipes(parser)
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    path = args.recipes or find_recipes_file()
-    recipes, faults = [], []
-    for name in load_tables(path):
-        try:
-            recipes.append(load_recipe(name, path, {}))
-        except UserError as error:
-            faults.append(error)
-    if faults:
-        raise UserError.of(faults)
+    recipes = list_recipes(args.recipes)
     if args.json:
         print_json([_as_json(recipe) for recipe in recipes])
         return 0

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moegguf.commands.options import add_device_arguments, add_memory_arguments, run_options
+from moegguf.commands.options import add_device_arguments, add_experts_used, add_memory_arguments, run_options
 from moegguf.errors import UserError, one_line
 from moegguf.runtime.serve.address import KEY_VARIABLE, Address
 
@@ -64,8 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     who = parser.add_argument_group("access")
     who.add_argument(
         "--api-key", metavar="KEY",
-        help=f"let in only who sends this key; other users see it in the list of processes, so better ${KEY_VARIABLE} "
-        "or --api-key-file",
+        help="let in only those who send this key; other users see it in the list of processes, so better "
+        f"${KEY_VARIABLE} or --api-key-file",
     )  # fmt: skip
     who.add_argument("--api-key-file", type=Path, metavar="FILE", help="the key is this file's only line")
     who.add_argument(
@@ -88,10 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens evaluated at once, and the longest text to embed (default: 512)",
     )  # fmt: skip
     machine.add_argument("--threads", type=int, metavar="N", help="CPU threads of each model (default: physical cores)")
-    machine.add_argument(
-        "--experts-used", type=int, metavar="K",
-        help="experts per token, in place of the file's number; gate-less takes all",
-    )  # fmt: skip
+    add_experts_used(machine)
     machine.add_argument("-v", "--verbose", action="store_true", help="show llama.cpp's log on stderr")
     add_device_arguments(parser)
     add_memory_arguments(parser)

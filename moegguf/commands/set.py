@@ -6,10 +6,11 @@ import argparse
 from pathlib import Path
 
 from moegguf.api.editing import set as set_keys
-from moegguf.commands.changes import UNDONE, add_common, add_output, report
+from moegguf.commands.changes import add_common, add_output, report
 from moegguf.commands.output import console
 from moegguf.commands.progress import shown
 from moegguf.edit.keys import TEXTS
+from moegguf.journal import UNDONE
 
 HELP = """\
 Change what a mix says of itself, its chat template, and how many experts run for a token: in place and in a moment, as
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for flag, (_, what) in TEXTS.items():
         parser.add_argument(f"--{flag}", metavar="TEXT", help=what)
     parser.add_argument("--template", type=Path, metavar="FILE", help="chat template, in jinja2")
-    parser.add_argument("--k", type=int, metavar="N", help="experts that run for a token")
+    parser.add_argument("--k", type=int, metavar="N", help="experts that run for each token")
     parser.add_argument("--recover", action="store_true", help="put back what an interrupted change left half written")
     add_output(parser, required=False, what="write a copy, and leave MIX as it is")
     add_common(parser)

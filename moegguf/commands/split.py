@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 
 from moegguf.api.editing import split
+from moegguf.commands.changes import add_common
 from moegguf.commands.options import print_json
-from moegguf.commands.output import console
+from moegguf.commands.output import console, in_shell
 from moegguf.commands.progress import shown
 from moegguf.sizes import show_size
 
@@ -26,23 +27,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="FILE", help="a GGUF file; it stays as it is")
     parser.add_argument("--max-size", required=True, metavar="SIZE", help="of a part, such as 2GB, 700MB or 4GiB")
     parser.add_argument("-o", "--output", type=Path, metavar="PREFIX", help="name of the parts (default: that of FILE)")
-    parser.add_argument("--force", action="store_true", help="replace parts that exist")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all usable cores)")
-    parser.add_argument("--json", action="store_true", help="print what was written as JSON")
+    add_common(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     parts = split(args.file, args.max_size, output=args.output, threads=args.threads, overwrite=args.force, watch=shown)
     if args.json:
-        print_json(
-            {
-                "files": [{"file": str(file.path), "bytes": file.n_bytes} for file in parts.files],
-                "bytes": parts.n_bytes,
-                "seconds": round(parts.seconds, 3),
-            }
-        )
+        print_json(parts.as_json())
     out = console(args)
     for file in parts.files:
         out.print(f"wrote {file.path} ({show_size(file.n_bytes)})")
-    out.print(f"runtimes open the first one; to put them together: moegguf merge {parts.files[0].path}")
+    merge = f"moegguf merge {in_shell(parts.files[0].path)} -o FILE"
+    out.print(f"runtimes open the first one; to put them together: {merge}")
     return 0

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from moegguf.commands.options import print_json
-from moegguf.commands.output import console
+from moegguf.commands.options import add_json, add_recipes, print_json
+from moegguf.commands.output import console, in_shell
 from moegguf.commands.progress import shown
 from moegguf.errors import one_line
 from moegguf.jobs.training import (
@@ -27,7 +27,7 @@ from moegguf.jobs.training import (
     plan_training,
     run_training,
 )
-from moegguf.recipe import Layout, Mixed, Recipe, find_recipes_file, load_recipe
+from moegguf.recipe import Layout, Mixed, Recipe, load_recipe
 from moegguf.watch import Step
 
 HELP = """\
@@ -54,7 +54,7 @@ _DEFAULTS = TrainOptions()
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="name of a [mix.NAME] in the recipes file")
-    parser.add_argument("--recipes", type=Path, metavar="FILE", help="recipes file (default: moegguf's models.toml)")
+    add_recipes(parser)
     data = parser.add_argument_group("data")
     data.add_argument(
         "--data", nargs="+", action="extend", default=[], metavar="REF",
@@ -77,7 +77,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="noisy: small white noise; zeros, with k of all experts; or FILE.safetensors "
         "(default: the recipe's router, noisy where it has none)",
     )  # fmt: skip
-    what.add_argument("--k", type=int, help="experts that run for each token (default: the recipe's, or 2)")
+    what.add_argument(
+        "--k", type=int, metavar="N", help="experts that run for each token (default: the recipe's, or 2)"
+    )
     how = parser.add_argument_group("how")
     how.add_argument(
         "--epochs", type=float, default=_DEFAULTS.epochs, metavar="N", help="passes over the data (default: 1)"
@@ -115,7 +117,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--curve", type=Path, metavar="FILE", help="draw the loss (.png, .svg, .pdf), with its numbers in a .json"
     )
     output.add_argument(
-        "--checkpoints", type=Path, metavar="DIR",
+        "--checkpoints", type=Path, metavar="FOLDER",
         help="keep checkpoints here (default: beside the output, until it is written)",
     )  # fmt: skip
     output.add_argument(
@@ -123,7 +125,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     output.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     output.add_argument("--force", action="store_true", help="replace the router, and the curve, if they exist")
-    output.add_argument("--json", action="store_true", help="print what was trained as JSON")
+    add_json(output)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -216,11 +218,11 @@ def _print_outcome(out: Console, args: argparse.Namespace, trained: Training) ->
 
 
 def _next_command(args: argparse.Namespace, recipe: Recipe) -> str:
-    recipes = f" --recipes {args.recipes}" if args.recipes else ""
+    recipes = f" --recipes {in_shell(args.recipes)}" if args.recipes else ""
     if recipe.mixed is not Mixed.FFN or recipe.layers is not None:
         router = f'router = "{args.output.absolute()}"'
         chat = f"moegguf chat {recipe.name}{recipes} --engine torch"
         return f"{chat} with {router} in the recipe (no GGUF holds this mix)"
-    plain = load_recipe(args.recipe, args.recipes or find_recipes_file(), {})
+    plain = load_recipe(args.recipe, args.recipes)
     layout = "" if plain.layout is Layout.MIXTRAL or not plain.router.is_gateless else " --layout auto"
-    return f"moegguf build {recipe.name}{recipes} --router {args.output}{layout}"
+    return f"moegguf build {recipe.name}{recipes} --router {in_shell(args.output)}{layout}"

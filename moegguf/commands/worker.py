@@ -18,7 +18,7 @@ from ipaddress import ip_address
 from typing import TYPE_CHECKING, TextIO
 
 from moegguf.checks import check_threads, host_and_port
-from moegguf.commands.options import device_names
+from moegguf.commands.options import add_threads, device_names
 from moegguf.errors import UserError
 from moegguf.sizes import show_size
 
@@ -46,12 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--listen", metavar="HOST:PORT", default=DEFAULT, help=f"where others connect to (default: {DEFAULT})"
     )
     parser.add_argument("--device", metavar="NAMES", help="devices to lend, with commas (default: GPUs, else the CPU)")
-    parser.add_argument("--threads", metavar="N", type=int, help="CPU threads (default: physical cores)")
+    add_threads(parser)
     parser.add_argument(
         "--i-know-it-is-unauthenticated", action="store_true",
         help="listen on an address that other machines reach: all of them can use this worker, and take it over",
     )  # fmt: skip
-    parser.add_argument("-v", "--verbose", action="store_true", help="show the log of llama.cpp")
+    parser.add_argument("-v", "--verbose", action="store_true", help="show llama.cpp's log")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ in one pass and has the header that a build would write, with all of that room.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BufferedRandom
 from pathlib import Path
@@ -21,6 +21,7 @@ from moegguf.layouts.form import copy
 from moegguf.metadata import PREFIX, SPARE, SPARE_BYTES, Card, spare_bytes
 from moegguf.sources.gguf_file import open_gguf
 from moegguf.tensor import Expected, Metadata, Part, Planned, Source, row_bytes
+from moegguf.watch import Progress, unheard
 from moegguf.writer import (
     Chunk,
     Written,
@@ -113,9 +114,7 @@ def refitted_header(mix: FinishedMix, file: BufferedRandom, metadata: Metadata) 
     return Patch(0, header(metadata | spare_bytes(n_spare)))
 
 
-def write_in_place(
-    change: Change, *, threads: int = 1, progress: Callable[[int], None] = lambda n_bytes: None
-) -> Written:
+def write_in_place(change: Change, *, threads: int = 1, progress: Progress = unheard) -> Written:
     """Make `change` in its file, whole or not at all; `n_bytes` of the result is what was written of tensors.
 
     `progress` hears the bytes as they are written. Raises UserError when the header has no room for it, when the disk
@@ -131,9 +130,7 @@ def write_in_place(
     return written
 
 
-def write_copy(
-    change: Change, output: Path, *, threads: int = 1, progress: Callable[[int], None] = lambda n_bytes: None
-) -> Written:
+def write_copy(change: Change, output: Path, *, threads: int = 1, progress: Progress = unheard) -> Written:
     """Write the changed mix to `output`, whole or not at all; the file that it was made from stays as it is.
 
     Raises UserError as `write_in_place` does.
@@ -148,6 +145,12 @@ def write_copy(
         if read_mix(change.mix.path).metadata != change.mix.metadata:
             raise UserError(f"{change.mix.path}: was changed meanwhile", "try again")
         return write_gguf(output, header, change.planned, threads, progress)
+
+
+def check_ending(output: Path) -> None:
+    """Raises UserError for a name that runtimes do not take for a model's."""
+    if output.suffix != ".gguf":
+        raise UserError(f"-o {output}: expected a name that ends in .gguf", "runtimes look for that ending")
 
 
 def check_copy(path: Path, output: Path, *, overwrite: bool) -> None:

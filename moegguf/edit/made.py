@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moegguf.assembly import usable_cores
-from moegguf.edit.change import Change, check_copy, write_copy, write_in_place
+from moegguf.edit.change import Change, check_copy, check_ending, write_copy, write_in_place
 from moegguf.edit.finished import FinishedMix, read_mix
-from moegguf.errors import UserError
-from moegguf.journal import recover
+from moegguf.journal import UNDONE, recover
 from moegguf.metadata import Card
 from moegguf.quant.rows import Requantised
 from moegguf.watch import Watch, unwatched
@@ -27,6 +26,11 @@ class Target:
     mix: FinishedMix
     output: Path | None
     is_undone: bool
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What whoever opened it should know."""
+        return (UNDONE,) if self.is_undone else ()
 
 
 @dataclass(frozen=True)
@@ -44,20 +48,29 @@ class Made:
     notes: tuple[str, ...]
     is_undone: bool
 
+    def as_json(self) -> dict[str, object]:
+        """All of it, as the command reports it."""
+        return {
+            "file": str(self.path),
+            "in_place": self.in_place,
+            "undone": self.is_undone,
+            "bytes": self.n_bytes,
+            "bytes_written": self.n_written,
+            "seconds": round(self.seconds, 3),
+            "experts": [{"name": expert.name, "source": expert.source} for expert in self.card.experts],
+            "router": self.card.describe_router(),
+            "requantised": self.requantised.as_json(),
+            "notes": list(self.notes),
+        }
+
 
 def open_target(path: Path, output: Path | None, *, overwrite: bool = False) -> Target:
     """Raises UserError where `path` is no whole mix of ours, and where nothing may be written to `output`."""
     if output:
-        check_name(output)
+        check_ending(output)
         check_copy(path, output, overwrite=overwrite)
     is_undone = recover(path)
     return Target(read_mix(path), output, is_undone)
-
-
-def check_name(output: Path) -> None:
-    """Raises UserError for a name that runtimes do not take for a model."""
-    if output.suffix != ".gguf":
-        raise UserError(f"-o {output}: expected a name that ends in .gguf", "runtimes look for that ending")
 
 
 def make(target: Target, change: Change, *, threads: int | None = None, watch: Watch = unwatched) -> Made:
@@ -78,7 +91,7 @@ def make(target: Target, change: Change, *, threads: int | None = None, watch: W
         n_written=written.n_bytes,
         seconds=time.monotonic() - start,
         requantised=written.requantised,
-        notes=change.notes,
+        notes=(*target.notes, *change.notes),
         is_undone=target.is_undone,
     )
 
@@ -87,4 +100,4 @@ def unchanged(target: Target) -> Made:
     """Nothing but what opening the mix did."""
     mix = target.mix
     n_bytes = mix.path.stat().st_size
-    return Made(mix.path, True, mix.card, n_bytes, 0, 0.0, Requantised(), (), target.is_undone)
+    return Made(mix.path, True, mix.card, n_bytes, 0, 0.0, Requantised(), target.notes, target.is_undone)

@@ -15,16 +15,17 @@ from gguf import GGUFValue, GGUFValueType
 
 from moegguf.atomic import atomic_file, check_writable
 from moegguf.checks import check_range
-from moegguf.edit.change import refitted_header, with_card
+from moegguf.edit.change import check_ending, refitted_header, with_card
 from moegguf.edit.finished import FinishedMix, read_routed_mix
 from moegguf.errors import UserError
 from moegguf.gguf_header import read_header
-from moegguf.journal import Patch, apply, locked, recover
+from moegguf.journal import UNDONE, Patch, apply, locked, recover
 from moegguf.metadata import Card
 from moegguf.recipe import Layout, RouterMode, RouterSpec
 from moegguf.routers import Router, fit_into, make_router
 from moegguf.routers.file import read_router, router_bytes
 from moegguf.tensor import Metadata, Part, Planned, Slot, constant
+from moegguf.watch import unheard
 from moegguf.writer import Written, header_bytes, write_gguf
 
 
@@ -79,7 +80,7 @@ class Adapter:
 
 def notes_on(mix: Path, is_undone: bool) -> list[str]:
     """What whoever opened `mix` should know."""
-    return [f"{mix}: an interrupted change of it was undone"] if is_undone else []
+    return [f"{mix}: {UNDONE}"] if is_undone else []
 
 
 def open_routed_mix(path: Path) -> tuple[FinishedMix, bool]:
@@ -93,6 +94,7 @@ def open_routed_mix(path: Path) -> tuple[FinishedMix, bool]:
 
 def kept_router(path: Path) -> Path:
     """Where the router is kept that the last change of the mix at `path` replaced."""
+    path = path.resolve()  # one mix, whatever links lead to it
     return path.with_name(f"{path.name}.old-router.safetensors")
 
 
@@ -110,7 +112,7 @@ def change_router(path: Path, name: str, *, k: int | None = None, std: float | N
     return ChangedRouter(path, read_routed_mix(path).card, old, kept, time.monotonic() - start, is_undone)
 
 
-def export_router(path: Path, name: str, output: Path, *, overwrite: bool = False) -> Written:
+def export_router(path: Path, name: str, output: Path, *, overwrite: bool = False) -> Adapter:
     """Write the router that a user names, see `named_router`, as an adapter for the mix at `path`.
 
     Raises UserError as `write_adapter` does.
@@ -265,13 +267,12 @@ def write_adapter(mix: FinishedMix, router: Router, output: Path, *, overwrite: 
         "adapter.lora.alpha": GGUFValue(float(len(router.experts)), GGUFValueType.FLOAT32),
     }
     header = header_bytes(mix.arch, metadata, planned)
-    return write_gguf(output, header, planned, 1, lambda n_bytes: None)
+    return write_gguf(output, header, planned, 1, unheard)
 
 
 def _check_adapter_target(output: Path, overwrite: bool) -> None:
     """Raises UserError where no adapter can be written. What is there and no adapter is never overwritten."""
-    if output.suffix != ".gguf":
-        raise UserError(f"-o {output}: expected a name that ends in .gguf", "runtimes look for that ending")
+    check_ending(output)
     if output.is_file() and read_header(output).get("general.type") != "adapter":
         raise UserError(f"{output}: is there already, and no adapter", "choose another -o")
     check_writable(output, overwrite)

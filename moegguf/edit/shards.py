@@ -8,13 +8,16 @@ Tensors are not divided. Works on any GGUF file whose types can be copied.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from gguf import GGUFValue, GGUFValueType
 
+from moegguf.assembly import usable_cores
 from moegguf.atomic import atomic_files, check_space, check_writable
+from moegguf.edit.change import check_ending
 from moegguf.errors import UserError
 from moegguf.gguf_header import read_header, shard_name, shards
 from moegguf.journal import held
@@ -22,6 +25,7 @@ from moegguf.layouts.form import copy
 from moegguf.sizes import show_size
 from moegguf.sources.gguf_file import open_gguf
 from moegguf.tensor import Metadata, Planned
+from moegguf.watch import Progress, Watch, unheard, unwatched
 from moegguf.writer import data_bytes, header_bytes, padded, unpadded_header_bytes, write_gguf, write_into
 
 MAX_PARTS = 200
@@ -47,6 +51,88 @@ class PlannedFile:
         return sum(tensor.nbytes for tensor in self.planned)
 
 
+@dataclass(frozen=True)
+class Part:
+    """One that was written, and its size."""
+
+    path: Path
+    n_bytes: int
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A file that was split. Runtimes open the first part."""
+
+    files: tuple[Part, ...]
+    seconds: float
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(file.n_bytes for file in self.files)
+
+    def as_json(self) -> dict[str, object]:
+        """All of it, as the command reports it."""
+        return {
+            "files": [{"file": str(file.path), "bytes": file.n_bytes} for file in self.files],
+            "bytes": self.n_bytes,
+            "seconds": round(self.seconds, 3),
+        }
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A file that parts were put together to."""
+
+    path: Path
+    n_bytes: int
+    seconds: float
+
+    def as_json(self) -> dict[str, object]:
+        """All of it, as the command reports it."""
+        return {"file": str(self.path), "bytes": self.n_bytes, "seconds": round(self.seconds, 3)}
+
+
+def split_file(
+    path: Path,
+    max_bytes: int,
+    prefix: Path | None = None,
+    *,
+    threads: int | None = None,
+    overwrite: bool = False,
+    watch: Watch = unwatched,
+) -> Parts:
+    """Write the GGUF at `path` in parts; `prefix` is how their names begin, by default as the file's does.
+
+    Raises UserError as `plan_split` does.
+    """
+    start, prefix = time.monotonic(), prefix or path.with_suffix("")
+    if prefix.is_dir():
+        raise UserError(f"-o {prefix}: is a folder, the parts need a name", f"write -o {prefix / path.stem}")
+    parts = plan_split(path, max_bytes, prefix, overwrite=overwrite)
+    with watch("writing", "bytes") as step:
+        step.has(sum(part.n_tensor_bytes for part in parts))
+        write_parts(path, parts, threads=threads or usable_cores(), progress=step.did)
+    return Parts(tuple(Part(part.path, part.n_bytes) for part in parts), time.monotonic() - start)
+
+
+def merge_parts(
+    part: Path,
+    output: Path,
+    *,
+    threads: int | None = None,
+    overwrite: bool = False,
+    watch: Watch = unwatched,
+) -> Merged:
+    """Write the file that the set of `part` was split from. Raises UserError as `plan_merge` does."""
+    start = time.monotonic()
+    check_ending(output)
+    merged = plan_merge(part, output, overwrite=overwrite)
+    with watch("writing", "bytes") as step:
+        step.has(merged.n_tensor_bytes)
+        write_merged(merged, threads=threads or usable_cores(), progress=step.did)
+    return Merged(merged.path, merged.n_bytes, time.monotonic() - start)
+
+
 def plan_split(path: Path, max_bytes: int, prefix: Path, *, overwrite: bool = False) -> list[PlannedFile]:
     """The parts of `path`, PREFIX-00001-of-… and so on, each at most `max_bytes` long.
 
@@ -69,13 +155,7 @@ def plan_split(path: Path, max_bytes: int, prefix: Path, *, overwrite: bool = Fa
     return parts
 
 
-def write_parts(
-    path: Path,
-    parts: Sequence[PlannedFile],
-    *,
-    threads: int = 1,
-    progress: Callable[[int], None] = lambda n_bytes: None,
-) -> None:
+def write_parts(path: Path, parts: Sequence[PlannedFile], *, threads: int = 1, progress: Progress = unheard) -> None:
     """Write the parts of `path`: all of them or none."""
     check_space(parts[0].path.parent, sum(part.n_bytes for part in parts), "the split file")
     with held(path), atomic_files([part.path for part in parts]) as files:
@@ -97,9 +177,7 @@ def plan_merge(part: Path, output: Path, *, overwrite: bool = False) -> PlannedF
     return PlannedFile(output, header_bytes(source.arch, metadata, planned), planned)
 
 
-def write_merged(
-    merged: PlannedFile, *, threads: int = 1, progress: Callable[[int], None] = lambda n_bytes: None
-) -> None:  # fmt: skip
+def write_merged(merged: PlannedFile, *, threads: int = 1, progress: Progress = unheard) -> None:
     """Write it, whole or not at all."""
     check_space(merged.path.parent, merged.n_bytes, "the merged file")
     write_gguf(merged.path, merged.header, merged.planned, threads, progress)

@@ -46,6 +46,10 @@ class WrittenCard:
     n_bytes: int
     warnings: tuple[str, ...]
 
+    def as_json(self) -> dict[str, object]:
+        """All of it, as the command reports it."""
+        return {"file": str(self.path), "bytes": self.n_bytes, "notes": list(self.warnings)}
+
 
 @dataclass(frozen=True)
 class _Mix:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,15 +29,13 @@ from moegguf.gguf_header import Header, read_header, shards
 from moegguf.journal import held
 from moegguf.stores import is_folder, lmstudio_folder, lmstudio_home
 from moegguf.tensor import largest
-from moegguf.watch import Watch
+from moegguf.watch import Progress, Watch
 
 PUBLISHER = "moegguf"
 DEFAULTS = Path(".internal") / "user-concrete-model-default-config"
 NUM_EXPERTS = "llm.load.numExperts"
 _NAME = re.compile(r"[\w][\w. +-]{0,95}")
 _CHUNK_BYTES = 8 << 20
-
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -66,6 +64,18 @@ class Placed:
     n_bytes: int
     n_experts: int | None
     settings: Path | None
+
+    def as_json(self) -> dict[str, object]:
+        """All of it, as the command reports it."""
+        return {
+            "file": str(next(iter(self.files))),
+            "files": {str(target): how for target, how in self.files.items()},
+            "bytes": self.n_bytes,
+            "name": f"{self.place.publisher}/{self.place.name}",
+            "k": self.n_experts,
+            "settings": self.settings and str(self.settings),
+            "notes": [],
+        }
 
 
 def export(

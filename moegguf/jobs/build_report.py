@@ -9,8 +9,8 @@ out.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from gguf import GGMLQuantizationType
@@ -21,6 +21,7 @@ from moegguf.drift import Drift, measure_drift
 from moegguf.estimate import Memory, memory_to_run
 from moegguf.families import PER_LAYER_WIDTHS, TensorName
 from moegguf.jobs.preparation import BuildOptions, Prepared
+from moegguf.metadata import ExpertCard
 from moegguf.mix import unused_targets
 from moegguf.quant.imatrix import importance_notes
 from moegguf.quant.influence import group
@@ -49,6 +50,43 @@ class BuildReport:
     @property
     def path(self) -> Path:
         return self.plan.path
+
+    def as_json(self) -> dict[str, object]:
+        """All of it, as the command reports it."""
+        plan, built, card = self.plan, self.built, self.plan.card
+        return {
+            "file": str(plan.path),
+            "written": built is not None,
+            "bytes": plan.n_bytes,
+            "seconds": round(built.seconds, 3) if built else None,
+            "name": plan.recipe.name,
+            "base": card.base,
+            "layout": str(card.layout),
+            "architecture": plan.form.arch,
+            "quant": card.quant,
+            "bits_per_weight": round(plan.bits_per_weight, 4),
+            "weights": plan.n_weights,
+            "tensors": len(plan.planned),
+            "router": card.describe_router(),
+            "experts": [self._expert_as_json(expert) for expert in card.experts],
+            "allocation": _allocation_as_json(self.allocation) if self.allocation else None,
+            "memory": {**asdict(self.memory), "total": self.memory.total},
+            "drift": self.drift.as_json() if self.drift else None,
+            "requantised": built.requantised.as_json() if built else None,
+            "notes": list(self.notes),
+        }
+
+    def _expert_as_json(self, expert: ExpertCard) -> dict[str, object]:
+        precision = self.precisions.get(expert.name)
+        return {
+            "name": expert.name,
+            "source": expert.source,
+            "weight": expert.weight if self.plan.card.is_gateless else None,
+            "quant": expert.quant,
+            "types": counted(precision.types) if precision else None,
+            "bits_per_weight": round(precision.bits_per_weight, 4) if precision else None,
+            "error": precision.error if precision else None,
+        }
 
 
 @dataclass(frozen=True)
@@ -95,6 +133,29 @@ def shares(allocation: Allocation) -> list[Share]:
         if tensor.name in allocation.losses:
             groups.setdefault(_kind(tensor.name, allocation.plan), []).append(tensor)
     return [_share(name, tensors, allocation) for name, tensors in groups.items()]
+
+
+def counted(types: Mapping[GGMLQuantizationType, int]) -> dict[str, int]:
+    """Name of a type → how many tensors have it, the most frequent first."""
+    return {type.name: n for type, n in sorted(types.items(), key=lambda item: -item[1])}
+
+
+def _allocation_as_json(allocation: Allocation) -> dict[str, object]:
+    return {
+        "budget": allocation.plan.recipe.quant.label,
+        "loss": allocation.loss,
+        "is_measured": allocation.survey.is_measured,
+        "tensors": [
+            {
+                "name": share.name,
+                "types": counted(share.types),
+                "bits_per_weight": round(share.bits_per_weight, 4),
+                "bytes": share.n_bytes,
+                "share_of_loss": share.loss,
+            }
+            for share in shares(allocation)
+        ],
+    }
 
 
 def _share(name: str, tensors: list[Planned], allocation: Allocation) -> Share:

@@ -6,41 +6,41 @@ was stopped goes on, and more text is added to one that is there. Of an interrup
 
 Files of a mix have its tensors' names, as llama.cpp wants them. `experts_of` takes one apart into what it says of each
 expert, under the names of a dense model, which serves the expert in any mix and layout; so does a calibration of the
-expert alone, on the trunk of its base (`dense_expert`). All prints nothing.
+expert alone, on the trunk of its base (`moegguf.jobs.dense`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from gguf import GGMLQuantizationType
 
+from moegguf.atomic import check_writable
 from moegguf.checks import check_range, check_threads
 from moegguf.errors import UserError
 from moegguf.families import TensorName
 from moegguf.gguf_header import Header, is_gguf, read_header
-from moegguf.jobs.fitting import FitOptions, dense_mix
 from moegguf.layouts.shared import split
 from moegguf.metadata import PREFIX, Card, read_card
 from moegguf.mix import FFN_ROLES
 from moegguf.quant.imatrix import Calibration, CountedText, read_calibration, write_calibration
-from moegguf.recipe import TRUNK_OF_BASE, TRUNK_OF_MEAN, ExpertSpec, Layout, Recipe
-from moegguf.runtime.encode import encode
+from moegguf.recipe import Layout
+from moegguf.runtime.encode import beginning, encode
 from moegguf.runtime.inputs import InputSquares
-from moegguf.runtime.model import RunOptions, open_model
+from moegguf.runtime.model import open_model
 from moegguf.runtime.offload import WHAT_FITS, Offload
+from moegguf.runtime.run_options import RunOptions, hparam
 from moegguf.runtime.template import template_of
 from moegguf.runtime.vocab import open_vocab
 from moegguf.sources.blob import LocalFile
 from moegguf.squares import Squares, added
-from moegguf.texts import Record, Text
-from moegguf.watch import Watch, unwatched
+from moegguf.texts import Record
+from moegguf.watch import Progress, unheard
 
 CHUNK = 512
 MIN_CHUNK = 16
@@ -48,14 +48,9 @@ MAX_TOKENS = 100 * CHUNK
 """Of a text, unless told otherwise: what imatrices are usually made from."""
 _BATCH = 512
 _SAVE_SECONDS = 60
-_MAX_CHARACTERS = 64
-"""Per token that is wanted of a text: what lies beyond is not tokenised."""
 _SAMPLE_BYTES = 1024
 
 Tokens = tuple[int, ...]
-
-Progress = Callable[[int], None]
-"""Hears the tokens as they pass."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +73,7 @@ class CalibrationOptions:
 
 
 @dataclass(frozen=True)
-class Material:
+class TextToRun:
     """A text in pieces, of which the first `n_known` are in the sums already."""
 
     name: str
@@ -100,7 +95,7 @@ class CalibrationPlan:
     options: CalibrationOptions
     known: Calibration
     datasets: tuple[str, ...]
-    material: tuple[Material, ...]
+    material: tuple[TextToRun, ...]
 
     @property
     def n_tokens(self) -> int:
@@ -124,8 +119,7 @@ def plan_calibration(
     is shorter than one chunk or not the one that is in the file, and when the file is of something else.
     """
     header = read_header(model)
-    arch = header.get("general.architecture")
-    if not header.tensors or not header.get(f"{arch}.block_count"):
+    if not header.tensors or not hparam(header, "block_count", 0):
         raise UserError(f"{model}: is a GGUF without weights of a language model", "pass a mix, or another model")
     chunk = _chunk(header, options.chunk)
     if options.max_tokens < chunk:
@@ -152,14 +146,13 @@ def check_target(path: Path) -> None:
     """Raises UserError when no imatrix can be written to `path`: before minutes go into it."""
     if path.suffix != ".gguf":
         raise UserError(f"{path}: expected a name that ends in .gguf", "choose another -o")
-    if not path.parent.is_dir():
-        raise UserError(f"{path.parent}: no such folder to write {path.name} to", "create it, or choose another -o")
-    if path.exists() and not (path.is_file() and is_gguf(path)):
+    check_writable(path, overwrite=True)
+    if path.exists() and not is_gguf(path):
         raise UserError(f"{path}: exists already, and is no imatrix in GGUF format", "choose another -o")
 
 
 def _chunk(header: Header, asked: int | None) -> int:
-    n_ctx = header.get(f"{header.get('general.architecture')}.context_length", CHUNK)
+    n_ctx = hparam(header, "context_length", CHUNK)
     if asked is not None and asked > n_ctx:
         raise UserError(f"--chunk {asked}: expected at most {n_ctx}, the context of {header.path}", "leave it out")
     return asked or min(CHUNK, n_ctx)
@@ -215,9 +208,7 @@ class _Encoder:
         room = max(self.max_tokens, at_least)
         pieces: list[Tokens] = []
         for record in records:
-            if isinstance(record, Text):
-                record = Text(record.text[: _MAX_CHARACTERS * room], record.where)
-            for piece in self._cut(encode(self._vocab, self._template, record).tokens):
+            for piece in self._cut(encode(self._vocab, self._template, beginning(record, room)).tokens):
                 if len(piece) > room:
                     return tuple(pieces), False
                 pieces.append(piece)
@@ -233,7 +224,7 @@ class _Encoder:
 
 def _material(
     name: str, records: Sequence[Record], encoder: _Encoder, counted: CountedText | None, output: Path
-) -> Material:
+) -> TextToRun:
     pieces, is_all = encoder.pieces(records, counted.n_tokens if counted else 0)
     n_tokens = sum(map(len, pieces))
     if is_all and n_tokens < encoder.chunk:
@@ -251,7 +242,7 @@ def _material(
                 f"text {name}: {output} holds other text of that name, which cannot be taken out",
                 "give it another name, pass --fresh to begin anew, or choose another -o",
             )
-    return Material(name, pieces, n_known)
+    return TextToRun(name, pieces, n_known)
 
 
 def _digest_of_pieces(pieces: Iterable[Tokens]):
@@ -264,7 +255,7 @@ def _digest_of_pieces(pieces: Iterable[Tokens]):
 # -------------------------------------------------------------------------------------------------- run
 
 
-def run_calibration(plan: CalibrationPlan, progress: Progress = lambda n_tokens: None) -> Calibration:
+def run_calibration(plan: CalibrationPlan, progress: Progress = unheard) -> Calibration:
     """Run what is new in `plan`, add it to what is known, and write the file, every minute and at the end.
 
     Raises UserError when the model does not run, or its activations are not finite; at Ctrl-C the file is written, and
@@ -302,7 +293,7 @@ def _run(plan: CalibrationPlan, inputs: InputSquares, calibration: Calibration) 
             yield n_tokens, calibration
 
 
-def _run_text(material: Material, inputs: InputSquares, calibration: Calibration) -> Iterator[tuple[int, Calibration]]:
+def _run_text(material: TextToRun, inputs: InputSquares, calibration: Calibration) -> Iterator[tuple[int, Calibration]]:
     squares, others = calibration.squares, [text for text in calibration.texts if text.name != material.name]
     n_done = material.n_known
     digest = _digest_of_pieces(material.pieces[:n_done])
@@ -318,16 +309,6 @@ def _run_text(material: Material, inputs: InputSquares, calibration: Calibration
 
 
 # ---------------------------------------------------------------------------------------------- experts
-
-
-def dense_expert(
-    recipe: Recipe, expert: ExpertSpec, options: FitOptions, watch: Watch = unwatched
-) -> AbstractContextManager[Path]:
-    """A GGUF of one expert of `recipe` on the mix's trunk (its own where that is the mean of all), removed again."""
-    if recipe.trunk not in (TRUNK_OF_BASE, TRUNK_OF_MEAN):
-        source = next(other.source for other in recipe.experts if other.name == recipe.trunk)
-        recipe = replace(recipe, base=source, trunk=TRUNK_OF_BASE)
-    return dense_mix(recipe, [expert], options, watch)
 
 
 def unreached(calibration: Calibration, header: Header) -> dict[str, list[int]]:

@@ -7,12 +7,10 @@ size, the cheapest merges of all layers together are taken; for a largest KLD, a
 the KLD as proportional to the sum of relative errors until bisection does better.
 
 A mix that memory does not hold is judged by activations of its base, and what merging costs is then not known.
-This is where the build side and the runtime meet besides the commands; it prints nothing.
 """
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,10 +18,11 @@ from pathlib import Path
 import numpy as np
 
 from moegguf.assembly import Plan, build, plan_build
+from moegguf.atomic import scratch_folder
 from moegguf.errors import UserError
 from moegguf.gguf_header import read_header
+from moegguf.jobs.dense import DenseOptions, dense_model
 from moegguf.jobs.divergences import KeptReference, keep_reference
-from moegguf.jobs.fitting import FitOptions, dense_model
 from moegguf.jobs.saliency import halves
 from moegguf.measurement.divergence import Divergence
 from moegguf.mix import FFN_ROLES, Mix
@@ -31,7 +30,8 @@ from moegguf.quant.neurons import Compaction, Ffns, Merges, find_paths, grid, se
 from moegguf.recipe import CompactSpec, QuantSpec, Recipe
 from moegguf.runtime import tap as taps
 from moegguf.runtime.machine import memory
-from moegguf.runtime.model import RunOptions, open_model
+from moegguf.runtime.model import open_model
+from moegguf.runtime.run_options import RunOptions
 from moegguf.texts import Record, read_domains
 
 LAYER_OUTPUT = "l_out"
@@ -80,10 +80,10 @@ def choose_merges(recipe: Recipe, options: CompactOptions = CompactOptions(), he
         return _without_text(recipe, plan.mix)
     records = read_domains(recipe.domains, recipe.folder)
     max_tokens = max(2, options.max_tokens // len(records))
-    with tempfile.TemporaryDirectory(prefix=".moegguf-compact.", dir=recipe.output.parent) as folder:
+    with scratch_folder(recipe.output.parent, ".moegguf-compact") as folder:
         if (preset := _preset_that_fits(plan)) is None:
             return _by_base(recipe, plan.mix, records, max_tokens, options, hear)
-        bench = _Bench(_whole(recipe, preset), Path(folder), options, hear)
+        bench = _Bench(_whole(recipe, preset), folder, options, hear)
         to_judge, to_measure = halves(read_header(bench.whole), records, max_tokens)
         merges = _judged(bench.mix, bench.whole, to_judge, options, hear)
         return _search(bench, merges, to_measure, recipe.compact)
@@ -93,7 +93,7 @@ def _without_text(recipe: Recipe, mix: Mix) -> Chosen:
     """Nothing or everything can be merged unjudged."""
     n, spec = len(mix.experts), recipe.compact
     if spec.size not in (1, n):
-        names = " ".join(f"--domain {name}=TEXT" for name in recipe.expert_names[:2])
+        names = " ".join(f"--domain {name}=FILE" for name in recipe.expert_names[:2])
         raise UserError(
             f"recipe {recipe.name}: compact = {_show(spec)} takes text to judge merges by, and there is none",
             f"pass {names} …, or name texts under domains in the recipe",
@@ -129,8 +129,8 @@ def _by_base(recipe: Recipe, mix: Mix, records: Texts, max_tokens: int, options:
             f"recipe {recipe.name}: memory does not hold the whole mix, so what merging costs cannot be measured",
             "choose compact = { size = … }, or a larger machine",
         )
-    fit = FitOptions(threads=options.threads, pre=options.pre, stream=options.stream)
-    with dense_model(_whole(recipe, "Q8_0"), fit) as base:
+    how = DenseOptions(threads=options.threads, pre=options.pre, stream=options.stream)
+    with dense_model(_whole(recipe, "Q8_0"), how) as base:
         to_judge, _ = halves(read_header(base), records, max_tokens)
         merges = _judged(mix, base, to_judge, options, hear)
     return Chosen(Compaction(merges.after(_n_blocks(merges, mix, recipe.compact.size))), None)

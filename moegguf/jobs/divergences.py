@@ -8,15 +8,13 @@ questions and of chat templates. (llama.cpp's perplexity tool counts the second 
 alone and writes its logits to a file, against which any number of models are then compared, one in memory at a time;
 what rounding in that file costs is said in `moegguf.measurement.divergence`. The key-value cache is F32, so that what
 is measured is the weights.
-
-Prints nothing.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from hashlib import sha256
@@ -42,29 +40,22 @@ from moegguf.measurement.divergence import (
 from moegguf.measurement.scores import windows
 from moegguf.runtime.batch import logits
 from moegguf.runtime.context import MAX_BATCH
-from moegguf.runtime.encode import encode
+from moegguf.runtime.encode import beginning, encode
 from moegguf.runtime.machine import memory
 from moegguf.runtime.model import Model, open_model
 from moegguf.runtime.offload import WHAT_FITS, Offload
-from moegguf.runtime.run_options import MIN_CTX, RunOptions
+from moegguf.runtime.run_options import MIN_CTX, RunOptions, hparam
 from moegguf.runtime.template import template_of
 from moegguf.runtime.vocab import open_vocab
-from moegguf.texts import Record, Text
+from moegguf.sizes import show_size
+from moegguf.texts import Record
+from moegguf.watch import Progress, unheard
 
 CHUNK = 512
 """Tokens of a chunk, where the reference's context holds as many."""
-_MAX_CHARACTERS = 64
-"""Per token that is wanted of a text: what lies beyond is not tokenised."""
 _MAGIC = b"moegguf-logits-1"
 
 Tokens = Sequence[int]
-
-Progress = Callable[[int], None]
-"""Hears the tokens as they pass."""
-
-
-def _silent(n_tokens: int) -> None:
-    pass
 
 
 # -------------------------------------------------------------------------------------------------- texts
@@ -72,7 +63,7 @@ def _silent(n_tokens: int) -> None:
 
 def chunk_length(reference: Header, asked: int | None = None) -> int:
     """Tokens of a chunk. Raises UserError when `asked` is more than the reference was made for."""
-    n_ctx = reference.get(f"{reference.get('general.architecture')}.context_length", CHUNK)
+    n_ctx = hparam(reference, "context_length", CHUNK)
     if asked is None:
         return min(CHUNK, n_ctx)
     if not (isinstance(asked, int) and 2 <= asked <= n_ctx):
@@ -98,9 +89,8 @@ def sequences_of(
         chunks[name] = []
         room = max_tokens
         for record in records:
-            if isinstance(record, Text):
-                record = Text(record.text[: _MAX_CHARACTERS * max_tokens], record.where)
-            for tokens, _ in windows(encode(vocab, template, record).tokens, 0, chunk, bos):
+            encoded = encode(vocab, template, beginning(record, max_tokens))
+            for tokens, _ in windows(encoded.tokens, 0, chunk, bos):
                 if room:
                     chunks[name].append(tokens[: room + 1])
                     room -= len(chunks[name][-1]) - 1
@@ -143,7 +133,7 @@ def compare(
     *,
     threads: int | None = None,
     offload: Offload = WHAT_FITS,
-    progress: Progress = _silent,
+    progress: Progress = unheard,
 ) -> Divergence:
     """How far `model` is from `reference` on `sequences`, each of which is a chunk of at least two tokens.
 
@@ -165,8 +155,8 @@ def check_both_fit(*paths: Path) -> None:
     needed, there = sum(path.stat().st_size for path in set(paths) if path.exists()), memory()
     if needed > there.largest_file:
         raise UserError(
-            f"{' and '.join(map(str, paths))} take {needed / 1e9:.1f} GB together, memory has room for "
-            f"{there.largest_file / 1e9:.1f} GB",
+            f"{' and '.join(map(str, paths))} take {show_size(needed, up=True)} together, memory has room for "
+            f"{show_size(there.largest_file)}",
             "leave --no-cache out: then one at a time is enough",
         )
 
@@ -230,7 +220,7 @@ class KeptReference:
             raise UserError(f"{self.path}: exists already, and holds {what}", "delete it, or name another file")
         return self.path.stat().st_size == self.nbytes
 
-    def write(self, *, threads: int | None = None, progress: Progress = _silent) -> None:
+    def write(self, *, threads: int | None = None, progress: Progress = unheard) -> None:
         """Run the reference and write the file, whole or not at all.
 
         Raises UserError when the disk has no room, the reference does not run, or its logits are not finite;
@@ -244,7 +234,7 @@ class KeptReference:
                 file.write(pack(block, following).tobytes())
                 progress(len(following))
 
-    def compare(self, model: Path, *, threads: int | None = None, progress: Progress = _silent) -> Divergence:
+    def compare(self, model: Path, *, threads: int | None = None, progress: Progress = unheard) -> Divergence:
         """How far `model` is from the reference. The file must be there. Raises as `compare`."""
         check_vocabulary(self.reference, read_header(model))
         values = []
@@ -280,7 +270,7 @@ def keep_reference(
     *,
     threads: int | None = None,
     offload: Offload = WHAT_FITS,
-    progress: Progress = _silent,
+    progress: Progress = unheard,
 ) -> KeptReference:
     """The kept logits of `reference` on `sequences`, written into `folder` unless they are there. Raises UserError."""
     kept = kept_in(folder, read_header(reference), sequences, offload=offload)
@@ -309,6 +299,6 @@ def _make_room(path: Path, nbytes: int) -> None:
         raise UserError(f"{path}: cannot be written ({error.strerror})", "choose another folder") from error
     if nbytes > free:
         raise UserError(
-            f"{path}: the reference's logits take {nbytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
+            f"{path}: the reference's logits take {show_size(nbytes, up=True)}, {show_size(free)} are free",
             "give fewer --max-tokens, another folder, or --no-cache when memory holds both models",
         )

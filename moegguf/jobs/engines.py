@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from moegguf.gguf_header import file_identity, read_header
 from moegguf.jobs.torch_engine import identity, open_checked, open_engine
 from moegguf.measurement.scores import Engine
-from moegguf.recipe import Recipe, find_recipes_file, load_recipe
+from moegguf.recipe import load_recipe
 from moegguf.runtime.batch import Scored, generate_greedy, score
 from moegguf.runtime.encode import Encoded, encode
 from moegguf.runtime.model import Model, open_model
@@ -93,19 +93,15 @@ def _open_gguf(ref: str, recipes: Path | None, options: RunOptions) -> Iterator[
 
 
 def _identify_recipe(ref: str, recipes: Path | None) -> dict[str, object]:
-    recipe = _recipe(ref, recipes)
+    recipe = load_recipe(ref, recipes)
     return identity(recipe, open_checked(recipe))
 
 
 @contextmanager
 def _open_recipe(ref: str, recipes: Path | None, options: RunOptions) -> Iterator[Engine]:
-    recipe = _recipe(ref, recipes)
+    recipe = load_recipe(ref, recipes)
     engine = open_engine(recipe, open_checked(recipe), ctx=options.ctx, threads=options.threads)
     yield _Asked(engine, engine.score, engine.generate_greedy)
-
-
-def _recipe(name: str, recipes: Path | None) -> Recipe:
-    return load_recipe(name, recipes or find_recipes_file(), {})
 
 
 LLAMA, TORCH = "llama", "torch"

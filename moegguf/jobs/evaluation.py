@@ -2,7 +2,7 @@
 
 A model is loaded when it is first asked something that its ledger does not know, so an evaluation that was stopped goes
 on where it was, and one that is asked for again costs nothing. Standard benchmarks run through lm-evaluation-harness
-against a server on the loopback; nothing of them is kept. Prints nothing.
+against a server on the loopback; nothing of them is kept.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from moegguf.edit.finished import FinishedMix
 from moegguf.edit.router import notes_on, open_routed_mix
 from moegguf.errors import UserError
 from moegguf.jobs.fitting import FitOptions
-from moegguf.recipe import Recipe, RouterMode, find_recipes_file, load_recipe, parse_recipe
+from moegguf.recipe import Recipe, RouterMode, load_recipe, parse_recipe
 from moegguf.routers.statistics import experts_in
 
 Table = Mapping[str, object]
@@ -64,8 +64,7 @@ def fit_target(
 
 
 def _named(name: str, file: Path | None, given: Table, mix: FinishedMix | None) -> Recipe:
-    file = file or find_recipes_file()
-    is_fitted = load_recipe(name, file, {}).router.is_unfitted
+    is_fitted = load_recipe(name, file).router.is_unfitted
     router = ({} if is_fitted else {"mode": RouterMode.RIDGE}) | dict(given.get("router", {}))
     recipe = load_recipe(name, file, {**given, "layout": "auto"} | ({"router": router} if router else {}))
     if mix and recipe.expert_names != mix.expert_names:

@@ -6,7 +6,6 @@ expert first. `fit_from_recipe` does all that; while there is no mix, on the bas
 trunk, so what enters its FFNs is close to what will enter the routers of the mix.
 
 Every token counts, of questions and of answers: in use a question is routed before there is an answer.
-This is where the build side and the runtime meet besides the commands; it prints nothing.
 """
 
 from __future__ import annotations
@@ -14,41 +13,31 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from moegguf.assembly import build, plan_build
-from moegguf.atomic import scratch_folder
 from moegguf.checks import check_range, check_threads
 from moegguf.errors import UserError
-from moegguf.gguf_header import Header, is_gguf, read_header
+from moegguf.gguf_header import Header, read_header
+from moegguf.jobs.dense import DenseOptions, dense_model
 from moegguf.metadata import read_card
-from moegguf.recipe import (
-    TRUNK_OF_BASE,
-    ExpertSpec,
-    Layout,
-    Mixed,
-    Pool,
-    QuantSpec,
-    Recipe,
-    RouterMode,
-    RouterSpec,
-    Tap,
-)
+from moegguf.recipe import Mixed, Pool, Recipe, RouterMode, Tap
 from moegguf.routers import FFN, Router, hidden, ridge
 from moegguf.routers.separation import Separation, count_choices, warnings
 from moegguf.routers.statistics import Statistics, Subject, experts_in, read_statistics, write_statistics
 from moegguf.runtime import tap as taps
 from moegguf.runtime.encode import chunks, encode
 from moegguf.runtime.machine import memory
-from moegguf.runtime.model import Model, RunOptions, open_model
+from moegguf.runtime.model import Model, open_model
+from moegguf.runtime.run_options import RunOptions, hparam
 from moegguf.runtime.template import template_of
 from moegguf.runtime.vocab import open_vocab
-from moegguf.texts import Record, Text, read_domains, resolve
-from moegguf.watch import Watch, unwatched
+from moegguf.sizes import show_size
+from moegguf.texts import Record, Text, read_domains
+from moegguf.watch import Progress, Watch, unheard, unwatched
 
 MAX_PIECE = 512
 """Tokens of a piece of text that is run, and held out or not, as one."""
@@ -56,19 +45,10 @@ MAX_CHARACTERS = 2000
 """Of such a piece, where it is cut out of a longer text."""
 MAX_TOKENS = 10**7
 FEW_TOKENS = 100
-PRESET = "Q8_0"
-"""Of the base that is written for the time of a fit."""
 
 _NODES = {Tap.ROUTER_INPUT: taps.ROUTER_INPUT, Tap.LAYER_INPUT: taps.LAYER_INPUT}
 
 Tokens = tuple[int, ...]
-
-Progress = Callable[[int], None]
-"""Hears the tokens as they pass."""
-
-
-def _silent(n_tokens: int) -> None:
-    pass
 
 
 @dataclass(frozen=True)
@@ -85,7 +65,7 @@ class FitOptions:
     """Statistics to extend, where the file exists, and to write."""
     threads: int | None = None
     folder: Path | None = None
-    """Where the base is written for the time of the fit, if it has to be (default: beside the recipe's output)."""
+    """Where the base is written for the time of the fit, if it has to be; default: beside the recipe's output."""
     pre: str | None = None
     stream: bool = False
     """As in a build, where the base is written first."""
@@ -95,6 +75,11 @@ class FitOptions:
         check_threads(self.threads)
         if not (isinstance(self.holdout, int | float) and 0 <= self.holdout <= 0.9):
             raise UserError(f"--holdout {self.holdout}: expected a share from 0 to 0.9", "the usual one is 0.2")
+
+    @property
+    def dense(self) -> DenseOptions:
+        """How the base is written, if it has to be."""
+        return DenseOptions(self.threads, self.folder, self.pre, self.stream)
 
 
 @dataclass(frozen=True)
@@ -128,7 +113,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Material:
+class ExpertText:
     """The text of one expert: what is fitted to, what is held out, and negative prompts."""
 
     fit: Sample
@@ -151,7 +136,7 @@ class FitPlan:
     options: FitOptions
     header: Header
     statistics: Statistics
-    material: Mapping[str, Material]
+    material: Mapping[str, ExpertText]
     """By routed expert; experts that only the statistics know are not in it."""
     notes: tuple[str, ...]
 
@@ -204,7 +189,7 @@ def fit_from_recipe(
     `on_plan` hears what is about to be run. Raises UserError.
     """
     texts = read_texts(recipe, options)
-    with nullcontext(model) if model else dense_model(recipe, options, watch) as path:
+    with nullcontext(model) if model else dense_model(recipe, options.dense, watch) as path:
         plan = plan_fit(texts, path)
         on_plan(plan)
         with watch("fitting the router", "tokens") as step:
@@ -318,7 +303,7 @@ def plan_fit(texts: Texts, model: Path) -> FitPlan:
     _check_memory(subject)
     statistics = read_statistics(file, subject) if file and file.exists() else Statistics.empty(subject)
     sampler = _Sampler(header, texts.options)
-    material: dict[str, Material] = {}
+    material: dict[str, ExpertText] = {}
     faults: list[UserError] = []
     for name in filter(texts.to_fit, _routed(recipe)):
         try:
@@ -332,8 +317,8 @@ def plan_fit(texts: Texts, model: Path) -> FitPlan:
 
 
 def _subject(recipe: Recipe, header: Header) -> Subject:
-    arch, card = header.get("general.architecture"), read_card(header)
-    n_layer, n_embd = (int(header.get(f"{arch}.{key}", 0)) for key in ("block_count", "embedding_length"))
+    card = read_card(header)
+    n_layer, n_embd = (hparam(header, name, 0) for name in ("block_count", "embedding_length"))
     if not n_layer or not n_embd:
         raise UserError(f"{header.path}: is no language model", "pass a mix, or the GGUF of its base")
     base = card.base if card else header.path.resolve().name
@@ -346,8 +331,8 @@ def _check_memory(subject: Subject) -> None:
     available = memory().available
     if subject.gram_bytes > available:
         raise UserError(
-            f"the statistics of a ridge router take {subject.gram_bytes / 1e9:.1f} GB of memory, "
-            f"{available / 1e9:.1f} GB are free",
+            f"the statistics of a ridge router take {show_size(subject.gram_bytes, up=True)} of memory, "
+            f"{show_size(available)} are free",
             "choose mode hidden, which needs little, or fit on a larger machine",
         )
 
@@ -358,8 +343,7 @@ class _Sampler:
     def __init__(self, header: Header, options: FitOptions) -> None:
         self._vocab = open_vocab(header.path)
         self._template = template_of(header, self._vocab)
-        context = header.get(f"{header.get('general.architecture')}.context_length", MAX_PIECE)
-        self._length = min(MAX_PIECE, context)
+        self._length = min(MAX_PIECE, hparam(header, "context_length", MAX_PIECE))
         self._max_tokens = options.max_tokens
 
     def draw(self, records: Sequence[Record]) -> Sample:
@@ -387,7 +371,7 @@ def _documents(records: Iterable[Record]) -> Iterator[Record]:
             yield record
 
 
-def _material(name: str, texts: Texts, sampler: _Sampler, statistics: Statistics) -> Material:
+def _material(name: str, texts: Texts, sampler: _Sampler, statistics: Statistics) -> ExpertText:
     """The text of one expert. Raises UserError when it has no tokens, or the statistics hold other text of it."""
     text, holdout = sampler.draw(texts.to_fit(name)), texts.options.holdout
     if not text.pieces:
@@ -397,7 +381,7 @@ def _material(name: str, texts: Texts, sampler: _Sampler, statistics: Statistics
     else:
         fit, heldout = _split(text, holdout)
     negative = sampler.draw(texts.negative.get(name, ()))
-    return Material(fit, heldout, negative, _is_new(name, fit, negative, statistics))
+    return ExpertText(fit, heldout, negative, _is_new(name, fit, negative, statistics))
 
 
 def _split(sample: Sample, holdout: float) -> tuple[Sample, Sample]:
@@ -420,7 +404,7 @@ def _is_new(name: str, fit: Sample, negative: Sample, statistics: Statistics) ->
     return False
 
 
-def _notes(material: Mapping[str, Material], statistics: Statistics, run_on: str) -> Iterator[str]:
+def _notes(material: Mapping[str, ExpertText], statistics: Statistics, run_on: str) -> Iterator[str]:
     for name, one in material.items():
         if one.is_new and one.fit.n_tokens < FEW_TOKENS:
             yield f"expert {name} has only {one.fit.n_tokens} tokens of text: some hundreds make a sounder router"
@@ -447,7 +431,7 @@ def _run_on(header: Header) -> str:
 # -------------------------------------------------------------------------------------------------- run
 
 
-def run_fit(plan: FitPlan, progress: Progress = _silent) -> Fitted:
+def run_fit(plan: FitPlan, progress: Progress = unheard) -> Fitted:
     """Run the texts of `plan`, write its statistics where asked to, and fit.
 
     Raises UserError when the model does not run, or its activations are not finite.
@@ -538,41 +522,3 @@ def _router(plan: FitPlan, matrices: Mapping[int, np.ndarray], separation: Separ
         spec.mode, plan.routed, spec.k, {(layer, FFN): matrices[layer] for layer in layers}, spec.always_on,
         spec.shared, settings=settings,
     )  # fmt: skip
-
-
-# -------------------------------------------------------------------------------------- a model to run on
-
-
-@contextmanager
-def dense_model(recipe: Recipe, options: FitOptions = FitOptions(), watch: Watch = unwatched) -> Iterator[Path]:
-    """A GGUF to collect activations on while there is no mix: the base of `recipe`.
-
-    The base itself where it is a GGUF file; otherwise it is written as Q8_0, and removed again. Where the trunk is not
-    the base's, it is the gate-less mix of all experts on that trunk.
-    """
-    path = resolve(recipe.base, recipe.folder)
-    is_base = recipe.trunk == TRUNK_OF_BASE
-    if is_base and path.is_file() and is_gguf(path):
-        yield path
-        return
-    experts = (ExpertSpec("base", recipe.base, 1.0, PRESET),) if is_base else recipe.experts
-    with dense_mix(recipe, experts, options, watch) as path:
-        yield path
-
-
-@contextmanager
-def dense_mix(
-    recipe: Recipe, experts: Sequence[ExpertSpec], options: FitOptions = FitOptions(), watch: Watch = unwatched
-) -> Iterator[Path]:
-    """The mean of `experts`, all alike, on the trunk of `recipe`: a dense GGUF in Q8_0 that is removed again."""
-    alike = tuple(ExpertSpec(expert.name, expert.source, 1 / len(experts), PRESET) for expert in experts)
-    with scratch_folder(options.folder or recipe.output.parent, ".moegguf-fit") as folder:
-        dense = Recipe(
-            recipe.name, recipe.base, alike, RouterSpec(RouterMode.GATELESS, len(alike)), Layout.FUSED,
-            QuantSpec(PRESET), folder / "dense.gguf", recipe.folder, trunk=recipe.trunk,
-        )  # fmt: skip
-        plan = plan_build(dense, pre=options.pre, stream=options.stream)
-        with watch("writing a model to run", "bytes") as step:
-            step.has(plan.n_bytes_to_do)
-            build(plan, threads=options.threads, progress=step.did)
-        yield plan.path

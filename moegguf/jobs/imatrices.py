@@ -2,7 +2,7 @@
 
 A GGUF is run as it is; of a mix, what its matrix says of each expert can be written beside it. A source is run on its
 own trunk or on that of another model, and each expert of a recipe on the trunk of its mix: then it sees the text of its
-domain and, where it runs for every token (gate-less, always on), the text of all domains. All prints nothing.
+domain and, where it runs for every token (gate-less, always on), the text of all domains.
 """
 
 from __future__ import annotations
@@ -21,16 +21,15 @@ from moegguf.jobs.calibration import (
     CalibrationPlan,
     card_of_mix,
     check_target,
-    dense_expert,
     experts_of,
     extended,
     plan_calibration,
     run_calibration,
     unreached,
 )
-from moegguf.jobs.fitting import FitOptions
+from moegguf.jobs.dense import DenseOptions, dense_expert
 from moegguf.quant.imatrix import Calibration, write_calibration
-from moegguf.recipe import ExpertSpec, Recipe, find_recipes_file, load_recipe, parse_recipe
+from moegguf.recipe import ExpertSpec, Recipe, load_recipe, parse_recipe
 from moegguf.texts import Record, from_here, read_domains, resolve
 from moegguf.watch import Watch, unwatched
 
@@ -198,7 +197,7 @@ def refs_with(refs: Refs, recipe: str | None = None, recipes: Path | None = None
 
     Raises UserError where there are none.
     """
-    of_recipe = {} if recipe is None else refs_of(load_recipe(recipe, recipes or find_recipes_file(), {}))
+    of_recipe = {} if recipe is None else refs_of(load_recipe(recipe, recipes))
     merged = {name: [*of_recipe.get(name, ()), *refs.get(name, ())] for name in [*of_recipe, *refs]}
     if not merged:
         raise UserError("no text to calibrate with", "pass --text NAME=FILE, or --domains RECIPE for those of a recipe")
@@ -236,7 +235,7 @@ def _run_alone(
 ) -> Matrix:
     """One expert of `recipe`, on the trunk of its mix."""
     check_target(output)
-    how = FitOptions(threads=options.threads, folder=output.parent, pre=pre)
+    how = DenseOptions(threads=options.threads, folder=output.parent, pre=pre)
     with dense_expert(recipe, expert, how, watch) as model:
         return _run(_planned(model, texts, output, options), watch, expert.name)
 

@@ -2,7 +2,7 @@
 
 Texts run through the file in llama.cpp while a tap reads the router's probabilities and choices; the statistics are
 those of `moegguf.measurement.routing`. They are cut into pieces of 512 tokens unless told otherwise, as in the work
-that defines SRP and SCH. Prints nothing.
+that defines SRP and SCH.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ import numpy as np
 from moegguf.checks import check_range, check_threads
 from moegguf.errors import UserError, one_line
 from moegguf.gguf_header import Header, read_header
-from moegguf.jobs.domains import texts_of_recipe
+from moegguf.jobs.domains import texts_by_name
 from moegguf.measurement import plots
 from moegguf.measurement.routing import Locality, Routing, total
 from moegguf.metadata import read_card
 from moegguf.runtime.encode import chunks, encode
 from moegguf.runtime.model import Model, open_model
 from moegguf.runtime.offload import WHAT_FITS, Offload
-from moegguf.runtime.run_options import MIN_CTX, RunOptions
+from moegguf.runtime.run_options import MIN_CTX, RunOptions, hparam
 from moegguf.runtime.tap import MOE_PROBS, MOE_TOPK, Tap, Tapped, available
 from moegguf.runtime.template import chat_template
-from moegguf.texts import Record, read_domains
+from moegguf.texts import Record
 from moegguf.watch import Step, Watch, unwatched
 
 DEFAULT_TOKENS = 4096
@@ -101,8 +101,7 @@ class MapPlan:
 
     @property
     def run(self) -> RunOptions:
-        trained = self.header.get(f"{self.header.get('general.architecture')}.context_length", DEFAULT_CTX)
-        ctx = self.options.ctx or min(DEFAULT_CTX, trained)
+        ctx = self.options.ctx or min(DEFAULT_CTX, hparam(self.header, "context_length", DEFAULT_CTX))
         return RunOptions(ctx=ctx, threads=self.options.threads, offload=self.options.offload)
 
 
@@ -110,7 +109,7 @@ class MapPlan:
 class RoutingMap:
     """What the routers of `file` did on texts."""
 
-    file: str
+    file: Path
     choice: Choice
     segment: int
     caches: Sequence[int]
@@ -175,7 +174,7 @@ class RoutingMap:
         """All of it, as the command reports it."""
         choice = self.choice
         return {
-            "file": self.file,
+            "file": str(self.file),
             "name": choice.name,
             "experts": list(choice.experts),
             "k": choice.k,
@@ -190,12 +189,10 @@ class RoutingMap:
 
 
 def map_texts(
-    refs: Mapping[str, Sequence[str]], recipe: str | None = None, recipes: Path | None = None
+    refs: Iterable[tuple[str, str]], *, domains: str | None = None, recipes: Path | None = None
 ) -> dict[str, list[Record]]:
-    """Domain → records: those of `recipe`'s domains, then those of `refs`. Raises UserError where there are none."""
-    given = read_domains(refs)
-    of_recipe = {} if recipe is None else texts_of_recipe(recipe, recipes)
-    texts = {name: of_recipe.get(name, []) + given.get(name, []) for name in [*of_recipe, *given]}
+    """What to map, as `texts_by_name` reads it. Raises UserError where there is nothing."""
+    texts = texts_by_name(refs, domains, recipes)
     if not texts:
         raise UserError("no text to map", "name it with --text NAME=FILE, or a recipe that has domains with --domains")
     if wrong := [name for name in texts if not re.fullmatch(r"[\w.-]+", name)]:
@@ -214,8 +211,7 @@ def plan_map(model: Path, options: MapOptions = MapOptions()) -> MapPlan:
 
 def _choice(header: Header) -> Choice:
     card = read_card(header)
-    arch = header.get("general.architecture", "")
-    n, k = (header.get(f"{arch}.{key}", 0) for key in ("expert_count", "expert_used_count"))
+    n, k = (hparam(header, name, 0) for name in ("expert_count", "expert_used_count"))
     if card and card.is_gateless:
         raise UserError(
             f"{header.path}: a gate-less mix uses all its experts for every token, so there is no choice to map",
@@ -242,7 +238,7 @@ def run_map(plan: MapPlan, texts: Texts, watch: Watch = unwatched) -> RoutingMap
     """
     with open_model(plan.header.path, plan.run) as model:
         domains = _measure(model, texts, plan.options, watch)
-    return RoutingMap(plan.header.path.name, plan.choice, plan.options.segment, plan.caches, domains)
+    return RoutingMap(plan.header.path, plan.choice, plan.options.segment, plan.caches, domains)
 
 
 def _measure(model: Model, texts: Texts, options: MapOptions, watch: Watch) -> dict[str, Routing]:

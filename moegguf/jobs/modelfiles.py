@@ -24,6 +24,7 @@ from moegguf.metadata import read_card
 from moegguf.runtime.template import template_of
 from moegguf.runtime.vocab import Vocab, open_vocab
 from moegguf.sources.ollama import TEMPLATE, parse_name
+from moegguf.texts import is_unicode
 
 TODAY = "strftime_now"
 """What a template calls to write today's date."""
@@ -58,6 +59,18 @@ class OllamaExport:
             return "the file has none: what is said is given as it is, to be gone on with"
         return "the file's chat template in Ollama's form; both render the same conversations alike"
 
+    def as_json(self) -> dict[str, object]:
+        """All of it, as the command reports it."""
+        return {
+            "file": str(self.path),
+            "name": self.name,
+            "created": self.is_created,
+            "template": self.modelfile.template,
+            "stop": self.modelfile.stops,
+            "parameters": dict(self.modelfile.parameters),
+            "notes": [f"template: {self.about_template}"],
+        }
+
 
 def write_modelfile(path: Path, name: str, folder: Path, wishes: Wishes, *, overwrite: bool) -> OllamaExport:
     """Write `folder`/Modelfile for the GGUF at `path`. Raises UserError for what Ollama would not take."""
@@ -71,6 +84,8 @@ def write_modelfile(path: Path, name: str, folder: Path, wishes: Wishes, *, over
     header = read_header(path)
     modelfile = _modelfile(header, open_vocab(path), wishes)
     text = modelfile.text(folder)
+    if not is_unicode(text):
+        raise UserError(f"{target}: would hold bytes that are no text in UTF-8", "write --system and --stop in UTF-8")
     with new_folder(folder), atomic_file(target) as file:
         file.write(text.encode())
     return OllamaExport(target, name, modelfile, TEMPLATE in header.fields)

@@ -51,9 +51,6 @@ class BuildOptions:
         return self.threads or max(usable_cores(), STREAMING_THREADS if self.stream else 1)
 
 
-DEFAULT_BUILD = BuildOptions()
-
-
 @dataclass(frozen=True)
 class Prepared:
     """What is to be built. `allocation` is there where there was a budget; `notes` are worth a user's knowing."""
@@ -63,13 +60,14 @@ class Prepared:
     notes: tuple[str, ...] = ()
 
 
-def prepare(recipe: Recipe, options: BuildOptions = DEFAULT_BUILD, watch: Watch = unwatched) -> Prepared:
+def prepare(recipe: Recipe, options: BuildOptions = BuildOptions(), watch: Watch = unwatched) -> Prepared:
     """Raises UserError with every fault that is known before it starts, then for the step that fails."""
     notes: list[str] = []
 
     def planned(**chosen) -> Plan:
         stream = options.stream or options.is_dry
-        return plan_build(recipe, stream=stream, pre=options.pre, overwrite=options.overwrite, **chosen)
+        overwrite = options.overwrite or options.is_dry
+        return plan_build(recipe, stream=stream, pre=options.pre, overwrite=overwrite, **chosen)
 
     if options.save_plan:
         _check_to_save(options.save_plan, recipe, options.overwrite)
@@ -145,6 +143,8 @@ def _check_to_save(path: Path, recipe: Recipe, overwrite: bool) -> None:
     if not recipe.quant.budget:
         raise UserError("--save-plan goes with --budget, --bpw or --fit", "leave it out")
     check_writable(path, overwrite)
+    if path.absolute() == recipe.output.absolute():
+        raise UserError(f"{path}: is to be both plan and mix", "choose another --save-plan")
 
 
 def _save_types(path: Path, allocation: Allocation) -> None:

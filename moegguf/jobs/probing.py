@@ -7,13 +7,12 @@ What is measured, over what the survey predicts, corrects every tensor of the pr
 range, so one type will do; it is coarse enough to stand out from the noise of rounding.
 
 A probe costs a build and a run over some text of the recipe's domains, so this is for mixes that are small, or for
-people who can wait. This is where the build side and the runtime meet besides the commands; it prints nothing.
+people who can wait.
 """
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,12 +20,14 @@ from gguf import GGMLQuantizationType as Type
 
 from moegguf.allocation import Survey
 from moegguf.assembly import build, with_types
+from moegguf.atomic import scratch_folder
 from moegguf.errors import UserError
 from moegguf.families import TensorName
 from moegguf.gguf_header import read_header
 from moegguf.jobs.divergences import chunk_length, compare, sequences_of
 from moegguf.quant.influence import group
 from moegguf.texts import read_domains
+from moegguf.watch import Progress, unheard
 
 SMALL = 200_000_000
 """Bytes of a 16-bit mix that is probed without being asked."""
@@ -35,8 +36,6 @@ _COARSE = (Type.Q4_K, Type.Q4_0)
 """The first that a tensor can have."""
 
 Names = tuple[str, ...]
-Progress = Callable[[int], None]
-"""Hears how many probes have just been made."""
 
 
 def is_cheap(found: Survey) -> bool:
@@ -50,22 +49,21 @@ def n_probes(found: Survey) -> int:
     return sum(map(len, _probes(found)))
 
 
-def corrected(
-    found: Survey, *, threads: int, max_tokens: int = MAX_TOKENS, progress: Progress = lambda n: None
-) -> Survey:
+def corrected(found: Survey, *, threads: int, max_tokens: int = MAX_TOKENS, progress: Progress = unheard) -> Survey:
     """`found` with influences as they are in the running mix, on about `max_tokens` tokens of all domains together.
 
+    `progress` hears of each probe.
     Raises UserError when the recipe names no text, and when the mix cannot be built in 16 bits or run.
     """
     recipe = found.plan.recipe
     if not recipe.domains:
         raise UserError(
             f"recipe {recipe.name}: names no text of its domains to probe the mix with",
-            "give some with --domain NAME=TEXT, or leave --probe out",
+            "give some with --domain NAME=FILE, or leave --probe out",
         )
     records = read_domains(recipe.domains, recipe.folder)
-    with tempfile.TemporaryDirectory(dir=found.plan.path.parent) as folder:
-        reference, coarse = Path(folder) / "f16.gguf", Path(folder) / "coarse.gguf"
+    with scratch_folder(found.plan.path.parent, ".moegguf-probe") as folder:
+        reference, coarse = folder / "f16.gguf", folder / "coarse.gguf"
         _write(found, (), reference, threads)
         header = read_header(reference)
         of_each = max(1, max_tokens // len(records))

@@ -1,12 +1,12 @@
 """A mix without the experts that matter least: they are ranked on texts, left out, and what that costs is measured.
 
-One half of the texts' chunks ranks, on the others the cost is measured (`moegguf.jobs.saliency`). Needs both sides.
+One half of the texts' chunks ranks, on the others the cost is measured (`moegguf.jobs.saliency`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from moegguf.checks import check_range
 from moegguf.edit.experts import plan_drop
@@ -29,6 +29,14 @@ class Pruned:
     ranking: tuple[Rank, ...] = ()
     n_ranked: int = 0
     cost: Divergence | None = None
+
+    def as_json(self) -> dict[str, object]:
+        """All of it, as the command reports it."""
+        return self.made.as_json() | {
+            "dropped": list(self.dropped),
+            "ranking": [asdict(one) for one in self.ranking],
+            "cost": self.cost.as_json() if self.cost else None,
+        }
 
 
 def prune(

@@ -2,24 +2,26 @@
 
 In every layer an expert's saliency is that of REAP (`moegguf.runtime.contributions`). An expert is one model and goes
 from all layers or from none, so its score is the mean over layers of its share in the saliency of all experts there.
-One half of the texts' chunks ranks, on the others the cost is measured. Needs both sides; prints nothing.
+One half of the texts' chunks ranks, on the others the cost is measured.
 """
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from moegguf.atomic import scratch_folder
 from moegguf.edit.finished import FinishedMix
 from moegguf.errors import UserError
 from moegguf.gguf_header import Header
 from moegguf.jobs.divergences import chunk_length, keep_reference, sequences_of
 from moegguf.measurement.divergence import Divergence
 from moegguf.runtime.contributions import Contributions
-from moegguf.runtime.model import RunOptions, open_model
+from moegguf.runtime.model import open_model
+from moegguf.runtime.run_options import RunOptions
 from moegguf.texts import Record
+from moegguf.watch import Progress
 
 Tokens = Sequence[int]
 
@@ -46,9 +48,7 @@ def halves(model: Header, texts: Mapping[str, Sequence[Record]], max_tokens: int
     return chunks[0::2], chunks[1::2]
 
 
-def rank(
-    mix: FinishedMix, chunks: Sequence[Tokens], *, threads: int | None = None, progress: Callable[[int], None]
-) -> list[Rank]:
+def rank(mix: FinishedMix, chunks: Sequence[Tokens], *, threads: int | None = None, progress: Progress) -> list[Rank]:
     """The experts behind the router, the one that matters most first. `progress` hears the tokens as they pass."""
     names = mix.routed_names
     options = RunOptions(ctx=max(map(len, chunks)), threads=threads)
@@ -64,9 +64,9 @@ def rank(
 
 def measure_cost(
     mix: FinishedMix, pruned: Path, chunks: Sequence[Tokens], *, threads: int | None = None,
-    progress: Callable[[int], None],
+    progress: Progress,
 ) -> Divergence:  # fmt: skip
     """How far the pruned mix is from the full one. `progress` hears the tokens of both."""
-    with tempfile.TemporaryDirectory(prefix=".moegguf-prune.", dir=pruned.parent) as folder:
-        kept = keep_reference(mix.path, chunks, Path(folder), threads=threads, progress=progress)
+    with scratch_folder(pruned.parent, ".moegguf-prune") as folder:
+        kept = keep_reference(mix.path, chunks, folder, threads=threads, progress=progress)
         return kept.compare(pruned, threads=threads, progress=progress)

@@ -2,7 +2,7 @@
 
 Data, tokenizer and network meet here; `moegguf.reference.train` trains. Whatever can be wrong with a recipe, a text, a
 number or a checkpoint is found by the plan, before weights are read. PyTorch and its companions are an extra (`train`),
-imported when a training is planned. Prints nothing.
+imported when a training is planned.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from moegguf.atomic import atomic_file, check_writable
 from moegguf.errors import UserError
 from moegguf.measurement import plots
-from moegguf.recipe import Recipe, RouterMode, find_recipes_file, load_recipe
+from moegguf.recipe import Recipe, RouterMode, load_recipe
 from moegguf.routers import Router
 from moegguf.routers.file import check_target, write_router
 from moegguf.watch import Watch, unwatched
@@ -221,7 +221,7 @@ def plan_training(
     Raises UserError for all of it that cannot be. PyTorch uses `options.threads` from here on.
     """
     files.check()
-    started = _with_start(recipe, recipes or find_recipes_file(), options)
+    started = _with_start(recipe, recipes, options)
     _require_extra()
     from moegguf.reference.examples import equal_parts
     from moegguf.reference.train import Checkpoints, check_start, check_trainable, choose_place
@@ -246,9 +246,9 @@ def plan_training(
     )
 
 
-def _with_start(name: str, file: Path, options: TrainOptions) -> Recipe:
+def _with_start(name: str, file: Path | None, options: TrainOptions) -> Recipe:
     """The recipe with a router to start from."""
-    plain = load_recipe(name, file, {})
+    plain = load_recipe(name, file)
     router = _start(options.start, plain) | ({} if options.k is None else {"k": options.k})
     overrides: dict[str, object] = {"router": router} if router else {}
     if plain.router.is_gateless:

@@ -69,7 +69,7 @@ class Task:
     items: tuple[Item, ...]
 
 
-def read_tasks(refs: Iterable[tuple[str, str]], folder: Path = Path()) -> list[Task]:
+def read_tasks(refs: Iterable[tuple[str, str]]) -> list[Task]:
     """The tasks of (name, reference): a file, or `demo:DOMAIN/heldout`. Raises one UserError with the faults of all."""
     tasks: dict[str, Task] = {}
     faults: list[UserError] = []
@@ -77,7 +77,7 @@ def read_tasks(refs: Iterable[tuple[str, str]], folder: Path = Path()) -> list[T
         try:
             if name in tasks:
                 raise UserError(f"{ref}: there is a task {name} already", "name it: NAME=FILE")
-            tasks[name] = _task(name, ref, folder)
+            tasks[name] = _task(name, ref)
         except UserError as error:
             faults.append(error)
     if faults:
@@ -101,10 +101,10 @@ def answer_of(record: Chat | Completion) -> str:
     return record.completion if isinstance(record, Completion) else record.messages[-1].content
 
 
-def _task(name: str, ref: str, folder: Path) -> Task:
-    path = resolve(ref, folder)
+def _task(name: str, ref: str) -> Task:
+    path = resolve(ref, Path())
     has_lines = path.suffix == ".jsonl" and not ref.startswith("demo:")
-    return _of_one_metric(name, read_lines(path, _item) if has_lines else read_records(ref, folder))
+    return _of_one_metric(name, read_lines(path, _item) if has_lines else read_records(ref))
 
 
 def _of_one_metric(name: str, items: Sequence[Item]) -> Task:

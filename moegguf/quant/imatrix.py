@@ -27,6 +27,7 @@ from moegguf.gguf_header import Header, is_gguf, read_header
 from moegguf.sources.blob import LocalFile
 from moegguf.squares import Squares
 from moegguf.tensor import Form, Part, Planned, Slot, constant
+from moegguf.watch import unheard
 from moegguf.writer import header_bytes, write_gguf
 
 SUMS, COUNTS = ".in_sum2", ".counts"
@@ -60,7 +61,7 @@ class CountedText:
 class Calibration:
     """What a calibration has counted so far. `model` is a digest, empty where the file does not say."""
 
-    squares: Mapping[str, Squares]
+    squares: Mapping[str, Squares] = field(repr=False)
     chunk_size: int
     model: str = ""
     texts: tuple[CountedText, ...] = ()
@@ -113,7 +114,7 @@ def write_calibration(path: Path, calibration: Calibration) -> None:
     for name, one in sorted(calibration.squares.items()):
         tensors += [constant(name + SUMS, one.sums), constant(name + COUNTS, one.counts[:, None])]
     planned = [Planned(Slot(tensor.name, tensor.shape, ((Part(tensor),),)), tensor.type) for tensor in tensors]
-    write_gguf(path, header_bytes("", _metadata(calibration), planned), planned, 1, lambda n_bytes: None)
+    write_gguf(path, header_bytes("", _metadata(calibration), planned), planned, 1, unheard)
 
 
 def _metadata(calibration: Calibration) -> dict[str, GGUFValue]:

@@ -48,6 +48,13 @@ class Requantised:
         """Root mean square of the error over that of the weights."""
         return (self.squared_error / self.squared_weights) ** 0.5 if self.squared_weights else 0.0
 
+    def as_json(self) -> dict[str, object]:
+        return {
+            "weights": self.n_weights,
+            "types": [{"from": source, "to": target} for source, target in sorted(self.types)],
+            "relative_error": self.relative_error,
+        }
+
 
 def make_rows(tensor: Planned, band: Sequence[Part], start: int, stop: int) -> tuple[np.ndarray, Requantised]:
     """Rows start to stop of one band of `tensor`, uint8 (stop - start, row_bytes), and what requantising cost.

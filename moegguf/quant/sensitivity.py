@@ -22,9 +22,10 @@ as it computes, and how far an error at one place moves the logits (`moegguf.qua
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -37,6 +38,7 @@ from moegguf.quant import ggml
 from moegguf.quant.presets import preset, requires_imatrix
 from moegguf.quant.rows import make_rows
 from moegguf.tensor import Part, Planned, Slot
+from moegguf.watch import Progress, unheard
 
 SAMPLE_ROWS = 64
 """Rows that stand for one part of a tensor."""
@@ -55,8 +57,6 @@ _CANDIDATES_OF_SHORT_ROWS = (
 _SUPER_BLOCK = 256
 
 T = TypeVar("T")
-Progress = Callable[[int], None]
-"""Hears how many tensors have just been measured."""
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,7 @@ def _needs_importance(name: str, type: Type) -> bool:
     return ggml.requires_importance(type) or requires_imatrix(name, type, preset("Q4_K_M"))
 
 
-def measure(
-    slots: Sequence[Slot], mix: Mix, *, threads: int, progress: Progress = lambda n: None
-) -> dict[str, Sensitivity]:
+def measure(slots: Sequence[Slot], mix: Mix, *, threads: int, progress: Progress = unheard) -> dict[str, Sensitivity]:
     """The sensitivity of each of `slots` to each of its candidate types, by tensor name.
 
     Reads a sample of the weights, in `threads` threads. Raises UserError for weights that cannot be used.
@@ -108,21 +106,18 @@ def measure(
     return measure_types([(slot, candidates(slot)) for slot in slots], mix, threads=threads, progress=progress)
 
 
-def measure_planned(
-    planned: Sequence[Planned], mix: Mix, *, threads: int, progress: Progress = lambda n: None
-) -> dict[str, Sensitivity]:
+def measure_planned(planned: Sequence[Planned], mix: Mix, *, threads: int) -> dict[str, Sensitivity]:
     """As `measure`, but each tensor in the one type that it is to have."""
-    asked = [(tensor.slot, (tensor.type,)) for tensor in planned]
-    return measure_types(asked, mix, threads=threads, progress=progress)
+    return measure_types([(tensor.slot, (tensor.type,)) for tensor in planned], mix, threads=threads)
 
 
 def measure_types(
-    asked: Sequence[tuple[Slot, Sequence[Type]]], mix: Mix, *, threads: int, progress: Progress = lambda n: None
+    asked: Sequence[tuple[Slot, Sequence[Type]]], mix: Mix, *, threads: int, progress: Progress = unheard
 ) -> dict[str, Sensitivity]:
     """As `measure`, but each tensor in the types that are asked for it."""
     numbers, together = _expert_numbers(mix), _together(mix)
     measured = {}
-    for sensitivity in _in_threads(lambda each: _measure(*each, numbers, together), asked, threads):
+    for sensitivity in _in_threads(lambda each, stop: _measure(*each, numbers, together, stop), asked, threads):
         measured[sensitivity.slot.name] = sensitivity
         progress(1)
     return measured
@@ -155,30 +150,38 @@ def _together(mix: Mix) -> np.ndarray:
     return both / router.k**2
 
 
-def _in_threads(work: Callable[[T], Sensitivity], todo: Iterable[T], threads: int) -> Iterator[Sensitivity]:
-    """The results in order; a few at a time are in memory."""
+def _in_threads(
+    work: Callable[[T, threading.Event], Sensitivity], todo: Iterable[T], threads: int
+) -> Iterator[Sensitivity]:
+    """The results in order; a few at a time are in memory. What is under way hears when nobody waits any more."""
     waiting: deque[Future[Sensitivity]] = deque()
+    stop = threading.Event()
     pool = ThreadPoolExecutor(threads, thread_name_prefix="sample")
     try:
         for each in todo:
-            waiting.append(pool.submit(work, each))
+            waiting.append(pool.submit(work, each, stop))
             if len(waiting) > 2 * threads:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
     finally:
+        stop.set()
         pool.shutdown(cancel_futures=True)
 
 
-def _measure(slot: Slot, types: Iterable[Type], numbers: Mapping[int, int], together: np.ndarray) -> Sensitivity:
+def _measure(
+    slot: Slot, types: Iterable[Type], numbers: Mapping[int, int], together: np.ndarray, stop: threading.Event
+) -> Sensitivity:
+    """Raises CancelledError soon after `stop` is set: all types of a wide tensor take many seconds."""
     bands = [tuple(_sample(part, slot.n_cols) for part in band) for band in slot.bands]
     counts = _counts([numbers.get(id(part.tensor)) for part in slot.parts], together)
-    exact = _outputs(slot, bands, Type.F32)
+    exact = _outputs(slot, bands, Type.F32, stop)
     powers = _products(exact)
     power = float((counts * powers).sum() / counts.sum())  # of the whole mix, where these are some of its experts
     errors, part_errors = {}, {}
     for type in types:
-        losses = _products([stored - wanted for stored, wanted in zip(_outputs(slot, bands, type), exact, strict=True)])
+        found = _outputs(slot, bands, type, stop)
+        losses = _products([stored - wanted for stored, wanted in zip(found, exact, strict=True)])
         errors[type] = max(0.0, float((counts * losses).sum() / power)) if power else 0.0
         part_errors[type] = tuple(map(_share, np.diag(losses), np.diag(powers)))
     is_weighted = all(part.importance is not None for part in slot.parts)
@@ -213,11 +216,13 @@ def _sample(part: Part, n_cols: int) -> Part:
     return replace(part, tensor=replace(part.tensor, shape=shape, read_rows=lambda start, stop: rows[start:stop]))
 
 
-def _outputs(slot: Slot, bands: Sequence[tuple[Part, ...]], type: Type) -> list[np.ndarray]:
+def _outputs(slot: Slot, bands: Sequence[tuple[Part, ...]], type: Type, stop: threading.Event) -> list[np.ndarray]:
     """float32 (n_sampled · n_cols,): the sampled weights of each part as a build that writes `type` stores them,
     without the part's factor and times the root of their importance."""
     outputs = []
     for band in bands:
+        if stop.is_set():
+            raise CancelledError
         rows, _ = make_rows(Planned(slot, type), band, 0, band[0].tensor.n_rows)
         values = ggml.dequantise(type, np.ascontiguousarray(rows), slot.n_cols)
         ends = np.cumsum([part.tensor.n_cols for part in band])

@@ -31,7 +31,7 @@ their errors cannot drift apart. All faults are collected and reported at once.
 
 from __future__ import annotations
 
-from moegguf.recipe.file import find_recipes_file, load_recipe, load_tables
+from moegguf.recipe.file import find_recipes_file, load_recipe, load_recipes, load_tables
 from moegguf.recipe.parsing import parse_recipe
 from moegguf.recipe.specs import (
     DEFAULT_QUANT,
@@ -77,6 +77,7 @@ __all__ = [
     "Tap",
     "find_recipes_file",
     "load_recipe",
+    "load_recipes",
     "load_tables",
     "parse_recipe",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from moegguf.errors import UserError
 from moegguf.recipe.parsing import parse_recipe
@@ -36,8 +37,23 @@ def load_tables(path: Path) -> dict[str, dict]:
     return mixes
 
 
-def load_recipe(name: str, path: Path, overrides: Mapping[str, object]) -> Recipe:
-    """The recipe `name` of the file `path`, with `overrides` from the command line on top."""
+def load_recipes(path: Path | None = None) -> list[Recipe]:
+    """Every recipe of the file `path` (default: moegguf's own). Raises UserError with the faults of all of them."""
+    path = path or find_recipes_file()
+    recipes, faults = [], []
+    for name in load_tables(path):
+        try:
+            recipes.append(load_recipe(name, path))
+        except UserError as error:
+            faults.append(error)
+    if faults:
+        raise UserError.of(faults)
+    return recipes
+
+
+def load_recipe(name: str, path: Path | None = None, overrides: Mapping[str, object] = MappingProxyType({})) -> Recipe:
+    """The recipe `name` of the file `path` (default: moegguf's own), with `overrides` from the command line on top."""
+    path = path or find_recipes_file()
     tables = load_tables(path)
     if name not in tables:
         known = ", ".join(tables) or "none"
@@ -51,7 +67,7 @@ def load_recipe(name: str, path: Path, overrides: Mapping[str, object]) -> Recip
 def _overridden(table: Mapping[str, object], overrides: Mapping[str, object]) -> dict[str, object]:
     """`table` with `overrides` on top: inside router and quant only what is given changes.
 
-    The parameters of another router mode mean nothing, so they are dropped.
+    The parameters of another router mode mean nothing, nor do texts of experts that are no more: they are dropped.
     """
     old, new = {"router": RouterMode.GATELESS, **table}, dict(overrides)
     for each in (old, new):
@@ -62,6 +78,9 @@ def _overridden(table: Mapping[str, object], overrides: Mapping[str, object]) ->
     if TARGETS & set(new.get("quant", {})):  # a preset, a budget and a plan exclude each other
         replaced = TARGETS if set(BUDGETS) & set(new["quant"]) else {*TARGETS, "split"}
         old["quant"] = {key: value for key, value in old.get("quant", {}).items() if key not in replaced}
+    if isinstance(experts := new.get("experts"), list) and isinstance(domains := old.get("domains"), dict):
+        names = [expert.get("name") for expert in experts if isinstance(expert, dict)]
+        old["domains"] = {name: texts for name, texts in domains.items() if name in names}
     if "compact" in new:  # a size and a largest KLD are no parts of one thing
         old.pop("compact", None)
     if any(

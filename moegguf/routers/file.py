@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import safetensors
 
-from moegguf.atomic import atomic_file
+from moegguf.atomic import atomic_file, check_writable
 from moegguf.errors import UserError
 from moegguf.recipe import RouterMode
 from moegguf.routers import ROLES, Router
@@ -55,8 +55,7 @@ def check_target(path: Path) -> None:
     """Raises UserError where no router can be written. Another router is overwritten, weights of a model are not."""
     if path.suffix != ".safetensors":
         raise UserError(f"{path}: expected a name that ends in .safetensors", "choose another -o")
-    if not path.parent.is_dir():
-        raise UserError(f"{path.parent}: no such folder to write {path.name} to", "create it, or choose another -o")
+    check_writable(path, overwrite=True)
     if path.exists():
         try:
             read_router(path)

@@ -28,17 +28,14 @@ from moegguf.gguf_header import Header, read_header, whole
 from moegguf.runtime.bandwidth import memory_bandwidth
 from moegguf.runtime.context import Context, Entry
 from moegguf.runtime.machine import physical_cores
-from moegguf.runtime.model import RunOptions, open_model
+from moegguf.runtime.model import open_model
 from moegguf.runtime.offload import demand_of
-from moegguf.runtime.run_options import MIN_CTX, hparam
-from moegguf.watch import Watch
+from moegguf.runtime.run_options import MIN_CTX, RunOptions, hparam
+from moegguf.watch import Progress, Watch, unheard
 
 PROMPTS, ANSWERS = (128, 512), (32, 128)
 """Lengths that are run where none are given, or the model's context where that is shorter."""
 LONGEST = 1 << 20
-
-Progress = Callable[[int], None]
-"""Hears how many tokens have just been evaluated."""
 
 
 @dataclass(frozen=True)
@@ -84,12 +81,12 @@ class Bench:
     def as_json(self) -> dict:
         def rates(of: Sequence[Rate]) -> list[dict]:
             return [
-                {"n_tokens": rate.n_tokens, "tokens_per_s": rate.mean, "stdev": rate.spread, "seconds": rate.seconds}
+                {"tokens": rate.n_tokens, "tokens_per_s": rate.mean, "stdev": rate.spread, "seconds": rate.seconds}
                 for rate in of
             ]
 
         return {
-            "path": str(self.path),
+            "file": str(self.path),
             "prompts": rates(self.prompts),
             "generations": rates(self.generations),
             "first_token_seconds": {rate.n_tokens: rate.n_tokens / rate.mean for rate in self.prompts},
@@ -142,9 +139,12 @@ def bench_all(
     check_range("--repeat", repeat, 1)
     headers = [read_header(path) for path in paths]
     longest = min(hparam(header, "context_length", LARGEST) for header in headers)
-    lengths = Lengths(_lengths(prompts, PROMPTS, longest), _lengths(generations, ANSWERS, longest), repeat)
+    lengths = Lengths(
+        _lengths("--prompt", prompts, PROMPTS, longest), _lengths("--generate", generations, ANSWERS, longest), repeat
+    )
     if not lengths.prompts + lengths.generations:
         raise UserError("--prompt 0 and --generate 0 leave nothing to measure", "leave one of them out")
+    check_range("--ctx", options.ctx, lengths.longest)
     for header in headers:
         _check_trained(header, lengths)
     stream = memory_bandwidth(options.threads or physical_cores())
@@ -156,7 +156,7 @@ def bench_all(
     return Speeds(stream, tuple(found))
 
 
-def bench(path: Path, options: RunOptions, lengths: Lengths, progress: Progress = lambda n: None) -> Bench:
+def bench(path: Path, options: RunOptions, lengths: Lengths, progress: Progress = unheard) -> Bench:
     """Measure the GGUF at `path`. Raises UserError as `open_model` does."""
     before = psutil.Process().memory_info().rss
     start = time.perf_counter()
@@ -174,11 +174,11 @@ def bench(path: Path, options: RunOptions, lengths: Lengths, progress: Progress 
     return Bench(path, load_seconds, measured, generated, resident, touched)
 
 
-def _lengths(asked: Sequence[int] | None, default: Sequence[int], longest: int) -> tuple[int, ...]:
+def _lengths(flag: str, asked: Sequence[int] | None, default: Sequence[int], longest: int) -> tuple[int, ...]:
     if asked is None:
         return tuple(dict.fromkeys(min(n, longest) for n in default))
     for n in asked:
-        check_range("a length in tokens,", n, 0, LONGEST)
+        check_range(flag, n, 0, LONGEST)
     return tuple(n for n in asked if n)
 
 

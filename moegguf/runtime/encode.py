@@ -15,6 +15,8 @@ from moegguf.runtime.template import ChatTemplate, chat_template
 from moegguf.runtime.vocab import Vocab
 from moegguf.texts import Chat, Completion, Record, Text
 
+MAX_CHARACTERS_PER_TOKEN = 64
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -36,6 +38,13 @@ def encode(vocab: Vocab, template: ChatTemplate | None, record: Record) -> Encod
             return _joined(vocab, prompt, prompt + completion, _end(vocab.eos))
         case Chat():
             return _chat(vocab, template or chat_template(None, vocab), record)
+
+
+def beginning(record: Record, n_tokens: int) -> Record:
+    """`record`; of a plain text only as much as its first `n_tokens` can take, as a file may be large."""
+    if isinstance(record, Text):
+        return Text(record.text[: MAX_CHARACTERS_PER_TOKEN * n_tokens], record.where)
+    return record
 
 
 def chunks(encoded: Iterable[Encoded], n: int) -> Iterator[tuple[int, ...]]:

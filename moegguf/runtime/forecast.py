@@ -22,7 +22,7 @@ from moegguf.runtime.placing import plan_elsewhere, plan_model
 from moegguf.runtime.planning import Outlook, suggestions
 from moegguf.runtime.run_options import RunOptions
 from moegguf.runtime.workers import connect
-from moegguf.sizes import parse_size
+from moegguf.sizes import size_of
 
 Size = int | str
 """Bytes, or words such as "8GB"."""
@@ -48,7 +48,7 @@ class Forecast:
     def as_json(self) -> dict:
         outlook, plan = self.outlook, self.outlook.plan
         return {
-            "path": str(self.path),
+            "file": str(self.path),
             "fits": self.fits,
             "flags": plan.placement.flags(),
             "layers": dict(zip(plan.placement.devices, plan.placement.layers, strict=True)),
@@ -79,18 +79,26 @@ def forecast(
     model = whole(read_header(path))
     card = read_card(model)
     check_experts_used(model, card, options.experts_used)
-    given = {"ram": _size("--bandwidth", bandwidth), "vram": _size("--vram-bandwidth", vram_bandwidth)}
+    given = _Bandwidths(_bandwidth("--bandwidth", bandwidth), _bandwidth("--vram-bandwidth", vram_bandwidth))
     if vram is None and ram is None:
         machine = _here(options, given)
     else:
-        gpus = [_size("--vram", each) for each in vram or ()]
-        machine = _elsewhere(options, gpus, _size("--ram", ram) or memory().available, given)
+        gpus = [size_of("--vram", each) for each in vram or ()]
+        machine = _elsewhere(options, gpus, memory().available if ram is None else size_of("--ram", ram), given)
 
     def outlook(options: RunOptions) -> Outlook:
         return machine.outlook(model, options)
 
     found = outlook(options)
     return Forecast(path, found, tuple(suggestions(found, model, card, options, outlook)))
+
+
+@dataclass(frozen=True)
+class _Bandwidths:
+    """Bytes in a second that a user says main memory and each device's memory read, if anything."""
+
+    ram: int | None
+    vram: int | None
 
 
 @dataclass(frozen=True)
@@ -107,20 +115,20 @@ class _Machine:
         return Outlook(plan, self.ram, self.bandwidth)
 
 
-def _here(options: RunOptions, given: Mapping[str, int | None]) -> _Machine:
+def _here(options: RunOptions, given: _Bandwidths) -> _Machine:
     connect(options.offload.workers)
     devices = accelerators(options.offload)
-    speeds = {device.name: given["vram"] or device_bandwidth(device.name) for device in devices}
-    speeds[CPU] = given["ram"] or memory_bandwidth(options.threads or physical_cores())
+    speeds = {device.name: given.vram or device_bandwidth(device.name) for device in devices}
+    speeds[CPU] = given.ram or memory_bandwidth(options.threads or physical_cores())
     return _Machine(devices, memory().available, _known(speeds), is_here=True)
 
 
-def _elsewhere(options: RunOptions, gpus: Sequence[int], ram: int, given: Mapping[str, int | None]) -> _Machine:
+def _elsewhere(options: RunOptions, gpus: Sequence[int], ram: int, given: _Bandwidths) -> _Machine:
     asked = options.offload
     if asked.workers or asked.devices is not None or asked.main_gpu is not None:
         raise UserError("--vram and --ram describe another machine", "leave --rpc, --device and --main-gpu out")
     devices = [Device(f"GPU{i}", "described", "GPU", size, size) for i, size in enumerate(gpus)]
-    speeds = dict.fromkeys((device.name for device in devices), given["vram"]) | {CPU: given["ram"]}
+    speeds = dict.fromkeys((device.name for device in devices), given.vram) | {CPU: given.ram}
     return _Machine(devices, ram, _known(speeds), is_here=False)
 
 
@@ -128,10 +136,5 @@ def _known(speeds: Mapping[str, float | None]) -> dict[str, float]:
     return {name: speed for name, speed in speeds.items() if speed}
 
 
-def _size(flag: str, size: Size | None) -> int | None:
-    if size is None or (isinstance(size, int) and size > 0):
-        return size
-    try:
-        return parse_size(str(size).removesuffix("/s"))
-    except UserError as error:
-        raise UserError(f"{flag} {error.message}", error.mend) from error
+def _bandwidth(flag: str, size: Size | None) -> int | None:
+    return None if size is None else size_of(flag, size.removesuffix("/s") if isinstance(size, str) else size)

@@ -2,9 +2,9 @@
 
 ggml ends the process when a connection fails, in a thread of its own, after calling back: nothing can be saved then,
 but `when_lost` lets the program end with one line instead. A machine that vanishes without a word is found out by TCP's
-keep-alive, which ggml does not ask for: `keep_alive` does.
+keep-alive, which ggml does not ask for; `keep_alive` does.
 
-A worker that is frozen keeps its connections. ggml waits for its answer without a limit, and who called ggml waits for
+A worker that is frozen keeps its connections. ggml waits for its answer without a limit, and its caller waits for
 ggml: no signal handler, callback or exception ends that call, only the end of the process does. Nor can the worker be
 asked whether it lives, as it serves one connection at a time; one that computes is as silent. So a thread looks on. It
 hears of signals as they come, while Python's own handlers wait for the call, and leaves when a call outlasts Ctrl-C by

@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -119,6 +119,10 @@ class Machine:
         if self.disk_free < 10 * 10**9:
             lines.append("less than 10 GB of disk is free here: a mix of 7B models needs more")
         return lines
+
+    def as_json(self) -> dict[str, object]:
+        """All of it, as the command reports it."""
+        return {**asdict(self), "advice": self.advice}
 
 
 def inspect_machine(folder: Path) -> Machine:

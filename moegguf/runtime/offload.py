@@ -14,6 +14,7 @@ footprint` answers without loading anything), and places again when they turn ou
 
 from __future__ import annotations
 
+import math
 import re
 from bisect import bisect_right
 from collections import Counter
@@ -26,6 +27,7 @@ from itertools import accumulate, pairwise
 from moegguf.checks import check_range
 from moegguf.errors import UserError
 from moegguf.gguf_header import Header
+from moegguf.kinds import check_fields
 
 ALL = -1
 CPU = "CPU"
@@ -69,6 +71,17 @@ class Override:
     pattern: str
     device: str
 
+    def __post_init__(self) -> None:
+        """Raises UserError for what is no regular expression."""
+        check_fields(self)
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise UserError(
+                f"--override-tensor {self.pattern}={self.device}: {self.pattern!r} is no regular expression ({error})",
+                "mend the pattern",
+            ) from error
+
     def matches(self, name: str) -> bool:
         return re.search(self.pattern, name) is not None
 
@@ -95,10 +108,21 @@ class Offload:
     """Seconds for which workers may say nothing while they are waited for."""
 
     def __post_init__(self) -> None:
-        """Raises UserError for one name where several are expected, a plausible mistake."""
+        """Raises UserError for what no machine can mean; one name where several are expected is a plausible mistake."""
         for name in ("overrides", "devices", "tensor_split", "workers"):
             if isinstance(value := getattr(self, name), str):
                 raise UserError(f"{name} {value!r}: expected several, in a tuple", f"for example {name}=({value!r},)")
+        check_fields(self)
+        check_range("--gpu-layers", self.layers, ALL)
+        check_range("--cpu-experts", self.cpu_experts, ALL)
+        check_range("--main-gpu", self.main_gpu, 0)
+        shares = self.tensor_split
+        if shares and not (all(math.isfinite(share) and share >= 0 for share in shares) and sum(shares)):
+            raise UserError(
+                f"--tensor-split {','.join(f'{share:g}' for share in shares)}: expected a share for each device, "
+                "none negative and not all 0",
+                "for example 3,1",
+            )
         check_range("--rpc-timeout", self.patience, 1)
 
 

@@ -50,7 +50,7 @@ def place_model(header: Header, options: RunOptions) -> Placement:
 
 
 def plan_model(header: Header, options: RunOptions) -> Plan:
-    """The same, with the memory that each part of it takes."""
+    """Where the model of `header` goes on this machine and its workers, and the memory that each part of it takes."""
 
     def lay_out(placement: Placement) -> Footprint:
         return _laid_out(header, options, placement)
@@ -62,7 +62,7 @@ def plan_model(header: Header, options: RunOptions) -> Plan:
 
 
 def plan_elsewhere(header: Header, options: RunOptions, devices: Sequence[Device]) -> Plan:
-    """The same for devices that are not here, each with the compute buffers that a CPU would need."""
+    """Where the model would go on `devices` that are not here; each is taken to need the compute buffers of a CPU."""
     here = _laid_out(header, options, Placement(n_layers(header)))
 
     def lay_out(placement: Placement) -> Footprint:
@@ -117,7 +117,6 @@ def _fitting_cells(header: Header, options: RunOptions, room: int) -> int:
 
 def _bytes_per_token(header: Header, kv_type: GGMLQuantizationType) -> int:
     """What a token takes in the key-value cache at most, by the header's numbers; 0 where it has none."""
-
     n_head, n_kv = (header.get(key_of(header, f"attention.{name}"), 0) for name in ("head_count", "head_count_kv"))
     per_layer = n_kv or n_head  # a list where layers differ
     n_heads = sum(per_layer) if isinstance(per_layer, list) else n_layers(header) * per_layer

@@ -10,6 +10,7 @@ from gguf import GGMLQuantizationType
 from moegguf.checks import check_range, check_threads
 from moegguf.errors import UserError
 from moegguf.gguf_header import Header
+from moegguf.kinds import check_fields
 from moegguf.runtime.machine import physical_cores
 from moegguf.runtime.offload import WHAT_FITS, FlashAttention, Offload
 
@@ -43,26 +44,14 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         """Raises UserError for what no file and no machine can run with."""
+        check_fields(self)
         check_range("--ctx", self.ctx, MIN_CTX)
         check_threads(self.threads)
         check_range("--batch", self.batch, 1)
         check_range("--experts-used", self.experts_used, 1)
-        for name, kind in (
-            ("kv_type", GGMLQuantizationType),
-            ("flash_attention", FlashAttention),
-            ("offload", Offload),
-        ):
-            if not isinstance(value := getattr(self, name), kind):
-                raise UserError(f"{name} {value!r}: expected one of {kind.__name__}", "leave it out for the default")
 
 
 DEFAULT_OPTIONS = RunOptions()
-
-
-def check_options(options: object) -> None:
-    """Raises UserError for another thing than RunOptions."""
-    if not isinstance(options, RunOptions):
-        raise UserError(f"options {options!r}: expected RunOptions", "for example moegguf.RunOptions(ctx=8192)")
 
 
 def threads_for(header: Header) -> int:

@@ -10,13 +10,13 @@ import hashlib
 import os
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from moegguf.errors import UserError
+from moegguf.watch import Progress, unheard
 
 _CHUNK_BYTES = 8 << 20
 
@@ -33,7 +33,7 @@ class Blob(Protocol):
         ...
 
 
-def sha256_of(path: Path, progress: Callable[[int], None] = lambda n_bytes: None) -> str:
+def sha256_of(path: Path, progress: Progress = unheard) -> str:
     """The SHA-256 of a file, as hex. `progress` hears its bytes.
 
     A file is read once, and again when it was changed: by its size, times, or place on the disk. One that changed just

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from moegguf.commands.options import print_json
+from moegguf.commands.options import add_json, print_json
 from moegguf.commands.output import console
 from moegguf.errors import one_line
 
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o", "--output", type=Path, metavar="FILE", help="file to write (default: README.md beside it)"
     )
     parser.add_argument("--force", action="store_true", help="replace the file if it exists")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
 
     made = export.card(args.file, results=args.results, repo=args.repo, output=args.output, overwrite=args.force)
     if args.json:
-        print_json({"file": str(made.path), "bytes": made.n_bytes, "notes": made.warnings})
+        print_json(made.as_json())
         return 0
     for warning in made.warnings:
         print(f"warning: {one_line(warning)}", file=sys.stderr)

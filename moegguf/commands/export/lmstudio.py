@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from moegguf.commands.options import print_json
+from moegguf.commands.options import add_json, print_json
 from moegguf.commands.output import console
 from moegguf.commands.progress import shown
-from moegguf.exporting.lmstudio import PUBLISHER, Placed
+from moegguf.exporting.lmstudio import PUBLISHER
 
 HELP = """\
 Put a GGUF into LM Studio's models folder, as a hard link, or as a copy where it is on another disk.
@@ -30,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--output", type=Path, metavar="FOLDER", help="LM Studio's models folder (default: as its settings say)"
     )
-    parser.add_argument("--force", action="store_true", help="replace a file of that name")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--force", action="store_true", help="replace the file if it exists")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
         args.file, publisher=args.publisher, name=args.name, output=args.output, overwrite=args.force, watch=shown
     )
     if args.json:
-        print_json(_as_json(made))
+        print_json(made.as_json())
     out, place = console(args), made.place
     for target, how in made.files.items():
         out.print(f"{how}: {target}")
@@ -51,15 +51,3 @@ def run(args: argparse.Namespace) -> int:
         out.print(f"experts: {made.n_experts} run for a token, as the file says; LM Studio has no settings here")
     out.print(f"in LM Studio it is {place.publisher}/{place.name}")
     return 0
-
-
-def _as_json(made: Placed) -> dict[str, object]:
-    return {
-        "file": str(next(iter(made.files))),
-        "files": {str(target): how for target, how in made.files.items()},
-        "bytes": made.n_bytes,
-        "name": f"{made.place.publisher}/{made.place.name}",
-        "experts": made.n_experts,
-        "settings": made.settings and str(made.settings),
-        "notes": [],
-    }

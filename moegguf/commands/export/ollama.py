@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from moegguf.commands.options import print_json
+from moegguf.commands.options import add_json, print_json
 from moegguf.commands.output import console
 from moegguf.errors import one_line
-
-if TYPE_CHECKING:
-    from moegguf.jobs.modelfiles import OllamaExport
 
 HELP = """\
 Write a Modelfile for a GGUF, and run `ollama create` where Ollama is installed.
@@ -33,9 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="MIX", help="a GGUF file")
     parser.add_argument("--name", help="what Ollama calls it (default: the file's name)")
     parser.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="of the Modelfile (default: the mix's)")
-    parser.add_argument("--force", action="store_true", help="replace a Modelfile that is there")
+    parser.add_argument("--force", action="store_true", help="replace the Modelfile if it exists")
     parser.add_argument("--no-create", action="store_true", help="only write the Modelfile")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_json(parser)
     says = parser.add_argument_group("what it says")
     says.add_argument("--ctx", type=int, metavar="N", help="context in tokens (default: the model's, at most 4096)")
     says.add_argument("--system", default="", metavar="TEXT", help="system prompt")
@@ -54,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         overwrite=args.force, quiet=args.json,
     )  # fmt: skip
     if args.json:
-        print_json(_as_json(made))
+        print_json(made.as_json())
     out, stops = console(args), made.modelfile.stops
     out.print(f"wrote {made.path}")
     out.print(f"template: {made.about_template}")
@@ -65,15 +61,3 @@ def run(args: argparse.Namespace) -> int:
         else f"to create it: ollama create {made.name} -f {made.path}"
     )
     return 0
-
-
-def _as_json(made: OllamaExport) -> dict[str, object]:
-    return {
-        "file": str(made.path),
-        "name": made.name,
-        "created": made.is_created,
-        "template": made.modelfile.template,
-        "stop": made.modelfile.stops,
-        "parameters": dict(made.modelfile.parameters),
-        "notes": [f"template: {made.about_template}"],
-    }

@@ -6,9 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from moegguf.commands.options import print_json
-from moegguf.commands.output import console
-from moegguf.edit.router import export_router
+from moegguf.commands.options import add_json, print_json
+from moegguf.commands.output import console, in_shell
+from moegguf.edit.router import export_router, notes_on
 from moegguf.sizes import show_size
 
 HELP = """\
@@ -31,16 +31,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", required=True, type=Path, metavar="FILE", help="adapter to write (.gguf)")
 
     parser.add_argument("--force", action="store_true", help="replace the adapter if it exists")
-    parser.add_argument("--json", action="store_true", help="print what was done as JSON")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     made = export_router(args.file, args.router, args.output, overwrite=args.force)
-    if made.is_undone:
-        print(f"{args.file}: an interrupted change of it was undone", file=sys.stderr)
+    for note in notes_on(args.file, made.is_undone):
+        print(note, file=sys.stderr)
     if args.json:
         print_json(made.as_json())
     out = console(args)
     out.print(f"wrote {made.path} ({show_size(made.n_bytes)}), a {made.router.mode} router for {args.file}")
-    out.print(f"try: moegguf chat {args.file} --adapter {made.path}")
+    out.print(f"try: moegguf chat {in_shell(args.file)} --adapter {in_shell(made.path)}")
     return 0

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Column, Table
 
-from moegguf.commands.options import named_refs, print_json
-from moegguf.commands.output import console
+from moegguf.commands.options import add_json, add_recipes, add_threads, named_refs, print_json
+from moegguf.commands.output import console, in_shell
 from moegguf.commands.progress import shown
 from moegguf.errors import one_line
 from moegguf.recipe import FITTED, Pool, Tap
+from moegguf.sizes import show_size
 
 if TYPE_CHECKING:
     from moegguf.jobs.fitting import FitPlan, Fitted
@@ -47,7 +48,7 @@ LARGE = 10**8
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", nargs="?", help="name of a [mix.NAME] in the recipes file")
-    parser.add_argument("--recipes", type=Path, metavar="FILE", help="recipes file (default: moegguf's models.toml)")
+    add_recipes(parser)
     run_on = parser.add_mutually_exclusive_group()
     run_on.add_argument("--mix", type=Path, metavar="FILE", help="run the text through this finished mix")
     run_on.add_argument("--base-gguf", type=Path, metavar="FILE", help="run the text through this GGUF of the base")
@@ -65,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     router = parser.add_argument_group("the router (each flag overrides the recipe's key)")
     router.add_argument("--mode", choices=sorted(FITTED), help="(default: the recipe's, or ridge)")
-    router.add_argument("--k", type=int, help="experts that run for each token (default: the mix's, or 2)")
+    router.add_argument("--k", type=int, metavar="N", help="experts that run for each token (default: the mix's, or 2)")
     router.add_argument(
         "--lambda", type=float, dest="ridge_lambda", metavar="L", help="ridge: penalty on large weights (default: 0.01)"
     )
@@ -79,8 +80,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help=f"router to write (default: {DEFAULT_OUTPUT})")  # fmt: skip
     output.add_argument("--statistics", type=Path, metavar="FILE", help="read if it is there, extended, and written")
     output.add_argument("--force", action="store_true", help="replace the router if it exists")
-    output.add_argument("--json", action="store_true", help="print the report as JSON")
-    output.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: physical cores)")
+    add_json(output)
+    add_threads(output)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -99,8 +100,8 @@ def run(args: argparse.Namespace) -> int:
         written = {"file": str(args.output), "bytes": args.output.stat().st_size}
         print_json(written | fitted.as_json() | {"seconds": round(time.monotonic() - start, 3)})
     _print_report(out, fitted)
-    use = f"route set {args.mix}" if args.mix else f"build {args.recipe or '…'}"
-    out.print(f"wrote {args.output}; try: moegguf {use} --router {args.output}")
+    use = f"route set {in_shell(args.mix)}" if args.mix else f"build {args.recipe or '…'}"
+    out.print(f"wrote {args.output}; try: moegguf {use} --router {in_shell(args.output)}")
     return 0
 
 
@@ -109,7 +110,7 @@ def _print_plan(out: Console, plan: FitPlan) -> None:
     out.print(f"running {plan.n_tokens} tokens through {plan.header.path.name}: {subject.n_layer} layers of "
               f"{subject.n_embd}")  # fmt: skip
     if subject.gram_bytes > LARGE:
-        out.print(f"the statistics take {subject.gram_bytes / 1e9:.1f} GB of memory"
+        out.print(f"the statistics take {show_size(subject.gram_bytes)} of memory"
                   + (" and of disk" if plan.options.statistics else ""))  # fmt: skip
 
 
@@ -129,8 +130,8 @@ def _print_report(out: Console, fitted: Fitted) -> None:
         table.add_section()
         table.add_row("mean", *_percent(separation.top1.mean(), *separation.load.mean(axis=0)))
         out.print(table)
-    for warning in fitted.warnings:
-        out.print(f"warning: {one_line(warning)}")
+    for note in fitted.warnings:
+        out.print(f"note: {one_line(note)}")
 
 
 def _percent(*shares: float) -> list[str]:

@@ -8,16 +8,20 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from moegguf.atomic import check_writable
+from moegguf.api import route
 from moegguf.commands.options import (
     add_device_arguments,
-    add_json_arguments,
+    add_json_and_save,
+    add_recipes,
+    add_threads,
+    check_save,
     device_options,
     named_refs,
     report_json,
@@ -36,6 +40,9 @@ examples:
   moegguf route map demo-noisy-Q8_0.gguf --text math=demo:math --text clinic=demo:clinic --json
 """
 
+WIDEST = 10
+"""Columns that an expert takes at a terminal, where panels stand side by side."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="a GGUF with a router: a mix, or any other Mixture of Experts")
@@ -45,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="text of a domain: .txt, .md, .jsonl or demo:DOMAIN; once for each file",
     )  # fmt: skip
     text.add_argument("--domains", metavar="RECIPE", help="the texts under `domains` of this recipe")
-    text.add_argument("--recipes", type=Path, metavar="FILE", help="recipes file (default: moegguf's models.toml)")
+    add_recipes(text)
     text.add_argument(
         "--max-tokens", type=int, metavar="N", default=DEFAULT_TOKENS,
         help=f"tokens a domain (default: {DEFAULT_TOKENS})",
@@ -61,27 +68,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     output = parser.add_argument_group("output")
     output.add_argument("-o", "--output", type=Path, metavar="FILE", help="draw the heat maps as .png, .svg or .pdf")
-    add_json_arguments(output)
+    add_json_and_save(output)
     output.add_argument("--force", action="store_true", help="replace what -o and --save name if it exists")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--ctx", type=int, metavar="N", help=f"tokens of the pieces that run (default: {DEFAULT_CTX})")
-    machine.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: physical cores)")
+    add_threads(machine)
     add_device_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    from moegguf.api import route
-
-    if args.save:
-        check_writable(args.save, args.force)
+    text = named_refs("--text", args.text)
+    check_save(args, [args.model, *chain.from_iterable(text.values())])
     found = route.map(
-        args.model, text=named_refs("--text", args.text), domains=args.domains, recipes=args.recipes,
+        args.model, text=text, domains=args.domains, recipes=args.recipes,
         max_tokens=args.max_tokens, segment=args.segment, cache=args.cache, output=args.output, overwrite=args.force,
         ctx=args.ctx, threads=args.threads, offload=device_options(args), watch=shown,
     )  # fmt: skip
+    report_json(args, found.as_json())
     out = console(args)
     _print(out, found)
-    report_json(args, found.as_json())
     for path in filter(None, (args.output, args.save)):
         out.print(f"wrote {path}")
     return 0
@@ -95,29 +100,35 @@ def _print(out: Console, found: RoutingMap) -> None:
     )
     has_shades = out.color_system in ("256", "truecolor") and not out.no_color
     width = out.width if has_shades else None
+    widest = WIDEST if out.is_terminal else None
     for title, name in found.maps.items():
         out.print(f"\n{title}, per cent of tokens, by layer", style="bold")
-        _print_panels(
-            out, [_panel(domain, measured, name, choice.experts, width) for domain, measured in found.domains.items()]
-        )
+        measured = found.domains.items()
+        _print_panels(out, [_panel(one_line(to), of, name, choice.experts, width, widest) for to, of in measured])
     out.print()
     out.print(_table(found), width=max(out.width, 44 + sum(len(name) + 9 for name in found.columns)))
     out.print()
     out.print(found.verdict)
 
 
-def _panel(title: str, domain: Routing, name: str, experts: Sequence[str], width: int | None) -> list[Text]:
-    """Lines of equal width: the domain, the experts, and a row of numbers for each layer.
+def _panel(
+    title: str, domain: Routing, name: str, experts: Sequence[str], width: int | None, widest: int | None
+) -> list[Text]:
+    """The domain, the experts, and a row of numbers for each layer.
 
-    With a width, numbers are on coloured ground; where they do not fit into it, the ground alone is shown.
+    With a width, numbers are on coloured ground; where they do not fit into it, the ground alone is shown. With a
+    widest column, names are cut to it, and lines are of equal width.
     """
     labels = [one_line(expert) for expert in experts]
     margin = max(len(str(layer)) for layer in domain.layers) + 1
-    cell = min(max(5, *(len(label) + 2 for label in labels)), 10)
+    cell = max(5, *(len(label) + 2 for label in labels))
+    if widest is not None:
+        cell = min(cell, widest)
     if width is not None and margin + cell * len(experts) > width:
         cell, labels = 2, [""] * len(experts)
     head = " " * margin + "".join(f"{label[: cell - 2]:>{cell - 1}} " for label in labels)
-    lines = [Text(title[: len(head)].ljust(len(head)), style="bold"), Text(head, style="dim")]
+    room = None if widest is None else len(head)
+    lines = [Text(title[:room].ljust(len(head)), style="bold"), Text(head, style="dim")]
     for layer, row in zip(domain.layers, domain.matrix(name), strict=True):
         line = Text().append(f"{layer:>{margin - 1}} ", style="dim")
         for share in row:

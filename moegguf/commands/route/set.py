@@ -6,9 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from moegguf.commands.options import print_json
-from moegguf.commands.output import console
-from moegguf.edit.router import change_router, kept_router
+from moegguf.commands.options import add_json, print_json
+from moegguf.commands.output import console, in_shell
+from moegguf.edit.router import change_router, kept_router, notes_on
 from moegguf.errors import one_line
 from moegguf.recipe import RouterSpec
 
@@ -32,21 +32,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--router", metavar="ROUTER", help="FILE.safetensors, gateless, noisy or noisy:SEED")
     what.add_argument("--undo", action="store_true", help="set the router that the last change replaced")
-    parser.add_argument("--k", type=int, help="experts that run for each token (default: the router's; noisy: 2)")
+    parser.add_argument(
+        "--k", type=int, metavar="N", help="experts that run for each token (default: the router's; noisy: 2)"
+    )
     parser.add_argument("--std", type=float, help=f"noisy: standard deviation (default: {RouterSpec.std})")
-    parser.add_argument("--json", action="store_true", help="print what was done as JSON")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     router = str(kept_router(args.file)) if args.undo else args.router
     done = change_router(args.file, router, k=args.k, std=args.std)
-    if done.is_undone:
-        print(f"{args.file}: an interrupted change of it was undone", file=sys.stderr)
+    for note in notes_on(args.file, done.is_undone):
+        print(note, file=sys.stderr)
     if args.json:
         print_json(done.as_json())
     out = console(args)
     out.print(f"{args.file}: {one_line(done.card.describe_router())} ({done.seconds:.2f} s)")
-    out.print(
-        f"the old router ({done.old.mode}) is in {done.kept}; to set it again: moegguf route set {args.file} --undo"
-    )
+    undo = f"moegguf route set {in_shell(args.file)} --undo"
+    out.print(f"the old router ({done.old.mode}) is in {done.kept}; to set it again: {undo}")
     return 0

@@ -14,7 +14,7 @@ from moegguf.errors import UserError
 
 BACKLOG = 512
 KEY_VARIABLE = "MOEGGUF_API_KEY"
-"""Of the environment: the key of who starts a server by a command."""
+"""Of the environment: the key, for a server that is started by the command."""
 
 
 @dataclass(frozen=True)

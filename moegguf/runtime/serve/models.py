@@ -16,7 +16,7 @@ from moegguf.runtime.devices import devices
 from moegguf.runtime.model import check_adapter, check_experts_used
 from moegguf.runtime.offload import ALL, Offload, Placement
 from moegguf.runtime.placing import check_room
-from moegguf.runtime.run_options import MIN_CTX, RunOptions, ctx_of, threads_for
+from moegguf.runtime.run_options import MIN_CTX, RunOptions, ctx_of, hparam, key_of, threads_for
 from moegguf.runtime.sampling import SETTINGS, suggested_by_file
 from moegguf.runtime.serve import llama_server, own_server
 from moegguf.runtime.serve.llama_server import ALL_LAYERS, FITTING_LAYERS
@@ -118,7 +118,7 @@ def _prepared(name: str, path: Path, options: RunOptions, slots: int, adapters: 
         batch=options.batch,
         sampling=_sampling(header),
         adapters=[str(adapter.absolute()) for adapter in adapters],
-        has_pooling=f"{header.get('general.architecture')}.pooling_type" in header.fields,
+        has_pooling=key_of(header, "pooling_type") in header.fields,
         kv_type=options.kv_type.name,
         flash_attention={"AUTO": "AUTO", "ON": "ENABLED", "OFF": "DISABLED"}[options.flash_attention.name],
         load_mode=_LOAD_MODES[options.mmap, options.mlock],
@@ -145,7 +145,7 @@ def _sampling(header: Header) -> dict[str, float]:
 
 def _placement(header: Header, asked: Offload) -> dict[str, object]:
     """The fields of Settings that say what goes where. What fits is left to llama.cpp, which knows its own devices."""
-    n_layer = header.get(f"{header.get('general.architecture')}.block_count", 0)
+    n_layer = hparam(header, "block_count", 0)
     n_left = n_layer if asked.cpu_experts == ALL else min(asked.cpu_experts, n_layer)
     overrides = Placement(n_layer, cpu_experts=tuple(range(n_left)), overrides=asked.overrides).all_overrides
     layers = {None: FITTING_LAYERS, ALL: ALL_LAYERS}.get(asked.layers, asked.layers)

@@ -125,7 +125,7 @@ class _Asked:
 
 
 class _Voice:
-    """The model, for one at a time who holds `turn`."""
+    """The model, for whoever holds `turn`: one at a time."""
 
     def __init__(self, model: Model) -> None:
         self.turn = threading.Lock()
@@ -337,7 +337,7 @@ class _Handler(JsonHandler):
         super().end_headers()
 
     def _guarded(self, respond: Callable[[], None]) -> None:
-        """Respond to who has the key, and turn errors into answers."""
+        """Respond to whoever has the key, and turn errors into answers."""
         try:
             given = self.headers.get("Authorization", "").removeprefix("Bearer ")
             if not hmac.compare_digest(given.encode(), self._settings.key.encode()):

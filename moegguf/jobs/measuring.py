@@ -1,7 +1,7 @@
 """A measurement, end to end: models and one reference on texts by name → how far each is from it, text by text.
 
 The reference's logits are kept in a file, unless memory is to hold two models at once: so the next model, or the next
-call, does not run it again. Vocabularies, texts and sizes are checked before anything runs. Prints nothing.
+call, does not run it again. Vocabularies, texts and sizes are checked before anything runs.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from moegguf.jobs.divergences import (
     kept_in,
     sequences_of,
 )
-from moegguf.jobs.domains import texts_of_recipe
+from moegguf.jobs.domains import texts_by_name
 from moegguf.measurement.divergence import Divergence
 from moegguf.runtime.offload import WHAT_FITS, Offload
 from moegguf.stores import cache_folder
-from moegguf.texts import Record, read_domains
+from moegguf.texts import Record
 from moegguf.watch import Watch, unwatched
 
 ALL = "all texts"
@@ -116,7 +116,7 @@ class Measurement:
             "models": [
                 {
                     "name": model.name,
-                    "path": str(model.path),
+                    "file": str(model.path),
                     "bytes": model.n_bytes,
                     "texts": {text: divergence.as_json() for text, divergence in model.texts.items()},
                     "overall": model.overall.as_json(),
@@ -129,18 +129,10 @@ class Measurement:
 def texts_of(
     refs: Iterable[tuple[str, str]], *, domains: str | None = None, recipes: Path | None = None
 ) -> dict[str, list[Record]]:
-    """Name → records, in order, of (name, reference) and of the domains of a recipe; texts of one name count as one.
-
-    Raises one UserError for all that cannot be read.
-    """
-    by_name: dict[str, list[str]] = {}
-    for name, ref in refs:
-        by_name.setdefault(name, []).append(ref)
-    if not (by_name or domains):
+    """What to measure on, as `texts_by_name` reads it. Raises UserError where there is nothing."""
+    texts = texts_by_name(refs, domains, recipes)
+    if not texts:
         raise UserError("nothing to measure on", "give --text FILE or --domains RECIPE")
-    texts = read_domains(by_name)
-    for name, records in texts_of_recipe(domains, recipes).items() if domains else ():
-        texts.setdefault(name, []).extend(records)
     return texts
 
 
