@@ -533,6 +533,23 @@ def test_connections_for_which_there_is_no_file_wait_and_it_is_said_once(endless
         )
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="nobody else can limit a process that runs")
+def test_connections_that_wait_for_files_when_all_ends_are_not_spoken_of(endless: Path):
+    """asyncio means to take them a second later, hundreds of times, on a socket that is closed by then."""
+    with serving(endless, "--ctx", "8000", "--parallel", "1", key=None) as server, contextlib.ExitStack() as stack:
+        stays = stack.enter_context(server.connect())
+        stays.sendall(completion(7900))
+        stays.recv(4096)
+        psutil.Process(server.process.pid).rlimit(psutil.RLIMIT_NOFILE, (40, 40))
+        for _ in range(80):
+            stack.enter_context(server.connect())
+        assert "too many files" in server.process.stderr.readline()
+        server.process.send_signal(signal.SIGINT)
+        time.sleep(1.3)
+        assert server.stop() == 0
+        assert server.process.stderr.read() == ""
+
+
 def test_https_with_a_key_from_a_file(endless: Path, tmp_path: Path):
     (tmp_path / "key").write_text("from-file\n", encoding="utf-8")
     flags = ["--tls-cert", TLS / "cert.pem", "--tls-key", TLS / "key.pem", "--api-key-file", tmp_path / "key"]

@@ -108,7 +108,7 @@ async def _serve(
     """Serve until the first of `stops`. Whether all models were loaded before it."""
     processes = [Process(served.settings) for served in models]
     front = Front(processes, door, max_clients=_max_clients(len(models)))
-    asyncio.get_running_loop().set_exception_handler(_ear_for_lack_of_files(note))
+    asyncio.get_running_loop().set_exception_handler(_ear_for_lack_of_files(listener, note))
     limits = {"ssl": tls, "ssl_handshake_timeout": HANDSHAKE_SECONDS} if tls else {}
     server = await asyncio.start_server(front.connected, sock=listener, backlog=BACKLOG, **limits)
     try:
@@ -170,13 +170,19 @@ def _max_clients(n_models: int) -> int:
     return MAX_CLIENTS if n_files < 0 else max(1, min(MAX_CLIENTS, (n_files - n_own) // 2))
 
 
-def _ear_for_lack_of_files(note: Note) -> Callable[[asyncio.AbstractEventLoop, dict[str, Any]], None]:
-    """An exception handler: connections that find no file wait, and asyncio would say so hundreds of times a second."""
+def _ear_for_lack_of_files(
+    listener: socket.socket, note: Note
+) -> Callable[[asyncio.AbstractEventLoop, dict[str, Any]], None]:
+    """An exception handler: connections that find no file wait, and asyncio would say so hundreds of times a second,
+    and as often that it cannot take them any more once the listener is closed."""
     said = -math.inf
 
     def hear(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         nonlocal said
-        if getattr(context.get("exception"), "errno", None) not in (errno.EMFILE, errno.ENFILE):
+        error = context.get("exception")
+        if isinstance(error, ValueError) and listener.fileno() == -1:
+            return
+        if getattr(error, "errno", None) not in (errno.EMFILE, errno.ENFILE):
             loop.default_exception_handler(context)
         elif loop.time() > said + _NOTE_SECONDS:
             said = loop.time()
