@@ -54,8 +54,7 @@ def fit(
     Raises UserError.
     """
     target = to_path("output", output)
-    check_target(target)
-    check_writable(target, overwrite)
+    check_target(target, overwrite)
     kept = maybe_path("statistics", statistics)
     if kept and kept.absolute() == target.absolute():
         raise UserError(f"{target}: is to be both router and statistics", "choose another -o, or other --statistics")

@@ -124,10 +124,11 @@ def _plan(args: argparse.Namespace) -> EvaluationPlan:
         raise UserError("--details is part of the JSON", "pass --json, or --save FILE")
     if args.chart and not (args.tasks or args.domains):
         raise UserError("--chart draws --tasks and --domains, not benchmarks", "leave it out, or give it tasks")
-    tasks = tasks_of(map(named_ref, args.tasks), domains=args.domains, recipes=args.recipes, limit=args.limit)
+    refs = [named_ref(task) for task in args.tasks]
+    tasks = tasks_of(refs, domains=args.domains, recipes=args.recipes, limit=args.limit)
     benchmarks = Benchmarks(args.harness, args.harness_path, args.limit) if args.harness else None
     plan = plan_evaluation(by_name(args.models), tasks, options, benchmarks=benchmarks)
-    check_save(args, [*args.models, *(ref for _, ref in map(named_ref, args.tasks))])
+    check_save(args, [*args.models, *(ref for _, ref in refs)])
     if args.chart:
         check_chart(args.chart, tasks, args.force)
     return plan

@@ -10,7 +10,7 @@ from rich.table import Column, Table
 
 from moegguf.commands.options import add_json, print_json
 from moegguf.commands.output import console, facts
-from moegguf.commands.progress import bytes_done
+from moegguf.commands.progress import shown
 from moegguf.errors import one_line
 from moegguf.inspection import Inspection, check, inspect
 from moegguf.sizes import show_size
@@ -41,7 +41,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_with_progress(found: Inspection) -> list[str]:
-    with bytes_done("checking", found.n_bytes) as bar:
+    with shown("checking", "bytes") as bar:
+        bar.has(found.n_bytes)
         return check(found.path, bar.did)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import (
@@ -12,7 +12,6 @@ from rich.progress import (
     DownloadColumn,
     MofNCompleteColumn,
     Progress,
-    ProgressColumn,
     TaskID,
     TextColumn,
     TimeRemainingColumn,
@@ -39,28 +38,10 @@ class Bar:
 
 
 @contextmanager
-def counted(what: str, total: int | None, unit: str) -> Iterator[Bar]:
-    """A bar of `total` parts, called `unit`, as far as it is known; none where there are none to do."""
-    with _bar(what, total, MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn()) as bar:
-        yield bar
-
-
-@contextmanager
-def bytes_done(what: str, total: int | None) -> Iterator[Bar]:
-    """A bar of `total` bytes, with their speed."""
-    with _bar(what, total, DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()) as bar:
-        yield bar
-
-
-def shown(what: str, unit: str) -> AbstractContextManager[Bar]:
-    """A bar for each step: the watch of commands (`moegguf.watch`)."""
-    return bytes_done(what, None) if unit == "bytes" else counted(what, None, unit)
-
-
-@contextmanager
-def _bar(what: str, total: int | None, *columns: ProgressColumn) -> Iterator[Bar]:
-    text = TextColumn("{task.description}", markup=False)
-    is_hidden = not sys.stderr.isatty() or total == 0
-    console = Console(stderr=True)
-    with Progress(text, BarColumn(), *columns, console=console, disable=is_hidden, transient=True) as shown:
-        yield Bar(shown, shown.add_task(one_line(what), total=total))
+def shown(what: str, unit: str) -> Iterator[Bar]:
+    """A bar for a step, with its speed where that counts bytes: the watch of commands (`moegguf.watch`)."""
+    is_hidden, console = not sys.stderr.isatty(), Console(stderr=True)
+    counts = [DownloadColumn(), TransferSpeedColumn()] if unit == "bytes" else [MofNCompleteColumn(), TextColumn(unit)]
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), *counts, TimeRemainingColumn()
+    with Progress(*columns, console=console, disable=is_hidden, transient=True) as progress:
+        yield Bar(progress, progress.add_task(one_line(what), total=None))

@@ -124,8 +124,7 @@ class TrainFiles:
 
     def check(self) -> None:
         """Raises UserError where something cannot be written: before hours go into it."""
-        check_target(self.output)
-        check_writable(self.output, self.overwrite)
+        check_target(self.output, self.overwrite)
         if self.curve:
             plots.require(self.curve)
             for path in (self.curve, self.numbers):

@@ -51,16 +51,16 @@ def router_bytes(router: Router) -> bytes:
     return safetensors_head(texts, arrays) + b"".join(values.tobytes() for values in arrays.values())
 
 
-def check_target(path: Path) -> None:
-    """Raises UserError where no router can be written. Another router is overwritten, weights of a model are not."""
+def check_target(path: Path, overwrite: bool) -> None:
+    """Raises UserError where no router can be written. `overwrite` lets routers be replaced, but no model's weights."""
     if path.suffix != ".safetensors":
         raise UserError(f"{path}: expected a name that ends in .safetensors", "choose another -o")
-    check_writable(path, overwrite=True)
-    if path.exists():
+    if path.is_file():
         try:
             read_router(path)
         except UserError as error:
             raise UserError(f"{path}: exists already, and is no router", "choose another -o") from error
+    check_writable(path, overwrite)
 
 
 def read_router(path: Path) -> Router:

@@ -29,7 +29,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="MIX", help="the mix that the adapter is for")
     parser.add_argument("--router", required=True, metavar="ROUTER", help="FILE.safetensors, noisy or noisy:SEED")
     parser.add_argument("-o", "--output", required=True, type=Path, metavar="FILE", help="adapter to write (.gguf)")
-
     parser.add_argument("--force", action="store_true", help="replace the adapter if it exists")
     add_json(parser)
 
